@@ -1,0 +1,53 @@
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+CXX_SOURCES := $(wildcard $(foreach ext,cpp h cu cuh,csrc/*.$(ext) csrc/*/*.$(ext)))
+
+.PHONY: help install demo test lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     fine-tune a small chat model with and without the guard, and compare (QUICK=1: fewer prompts)"
+	@echo "make test     the test suite (JOBS=n processes, default $(JOBS); ARGS='-k name' goes to pytest)"
+	@echo "make lint     ruff, mypy and clang-format; make format applies what can be applied"
+	@echo "make install  only create $(VENV), which the others do when needed (TORCH_INDEX=url: take torch from there)"
+	@echo "make clean    remove $(VENV), caches and build products"
+
+# PyPI's torch for Linux is a CUDA build of several GB. Without an NVIDIA driver, look for the CPU build on PyTorch's own
+# index too, provided that it answers at once; a local version (2.x.y+cpu) wins over the same version from PyPI.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -m venv $(VENV)
+	@index="$(TORCH_INDEX)"; \
+	if [ -z "$$index" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && \
+	    $(BIN)/python -c "from urllib.request import urlopen; urlopen('$(CPU_INDEX)/torch/', timeout=5)" 2>/dev/null; \
+	then index="$(CPU_INDEX)"; fi; \
+	echo "Installing into $(VENV), once; this takes a minute or two"; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check $${index:+--extra-index-url "$$index"} \
+	    -c constraints.txt -e ".[test,demo,lint]"
+	@touch $@
+
+install: $(VENV)/installed
+
+demo: $(VENV)/installed
+	$(BIN)/python -m guardspace_kernels demo $(if $(QUICK),--quick) $(ARGS)
+
+# The tests are thousands of small products, so processes of one thread each beat one process with many threads.
+test: $(VENV)/installed
+	$(if $(filter-out 0,$(JOBS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES))
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

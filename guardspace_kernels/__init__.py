@@ -1,0 +1,58 @@
+"""GuardSpace as a library: fine-tune an aligned language model without losing its refusals.
+
+Five verbs: :func:`collect_statistics`, :func:`plan_guard`, :func:`attach_guard`, :func:`certify`,
+:func:`export_lora`. The ops below them are in :mod:`guardspace_kernels.ops`, drop-in modules in
+:mod:`guardspace_kernels.nn`. Importing the package needs torch alone; everything else is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from guardspace_kernels import dispatch, ops
+from guardspace_kernels.dispatch import use_backend
+
+if TYPE_CHECKING:
+    from guardspace_kernels import nn
+    from guardspace_kernels.guard.certificate import DriftExceededError, DriftReport, certify
+    from guardspace_kernels.guard.export import ExportReport, export_lora
+    from guardspace_kernels.guard.plan import GuardConfig, GuardPlan, plan_guard
+    from guardspace_kernels.guard.statistics import CalibrationStatistics, collect_statistics
+    from guardspace_kernels.integrations.optim import guard_optimizer
+    from guardspace_kernels.integrations.peft import attach_guard
+    from guardspace_kernels.integrations.transformers import GuardCallback
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "CalibrationStatistics": "guard.statistics",
+    "collect_statistics": "guard.statistics",
+    "GuardConfig": "guard.plan",
+    "GuardPlan": "guard.plan",
+    "plan_guard": "guard.plan",
+    "attach_guard": "integrations.peft",
+    "DriftExceededError": "guard.certificate",
+    "DriftReport": "guard.certificate",
+    "certify": "guard.certificate",
+    "ExportReport": "guard.export",
+    "export_lora": "guard.export",
+    "guard_optimizer": "integrations.optim",
+    "GuardCallback": "integrations.transformers",
+}
+
+__all__ = ["dispatch", "nn", "ops", "use_backend", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return importlib.import_module("guardspace_kernels.nn")
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f"guardspace_kernels.{_LAZY[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""`guardspace demo`: plain LoRA fine-tuning destroys refusals of a small model, GuardSpace keeps them."""

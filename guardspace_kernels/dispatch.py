@@ -1,0 +1,105 @@
+"""Which implementation of an op runs: the backend interface.
+
+Every op registers one or more implementations here, each under a backend name and with a predicate that answers
+``(ok, reason)`` for concrete arguments. :func:`resolve` picks the first backend in :data:`BACKENDS` that accepts;
+``GUARDSPACE_BACKEND`` or :func:`use_backend` insist on one, and then a refusal is an error that repeats the reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+#: Backends in order of preference. ``reference`` is plain PyTorch, accepts everything, and is the oracle of the tests.
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+OPS = ("covariance", "projected_lora", "null_projection")
+
+Accepts = Callable[..., tuple[bool, str]]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's implementation of one op: its entry points by name, and the predicate for their arguments."""
+
+    functions: dict[str, Callable[..., Any]]
+    accepts: Accepts
+
+
+_registry: dict[tuple[str, str], Implementation] = {}
+_override: str | None = None
+
+
+def _always(*_args: Any) -> tuple[bool, str]:
+    return True, "accepts every argument"
+
+
+def register(op: str, backend: str, accepts: Accepts = _always, **functions: Callable[..., Any]) -> None:
+    """Registers ``functions`` (entry point name -> callable) as ``backend``'s implementation of ``op``."""
+    if op not in OPS:
+        raise ValueError(f"op must be one of {OPS}, got {op!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    _registry[op, backend] = Implementation(functions, accepts)
+
+
+def requested_backend() -> str | None:
+    """The backend that :func:`use_backend` or ``GUARDSPACE_BACKEND`` insists on, or None for automatic choice."""
+    name = _override or os.environ.get("GUARDSPACE_BACKEND", "auto")
+    if name == "auto":
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"GUARDSPACE_BACKEND must be 'auto' or one of {BACKENDS}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within this context every op runs on backend ``name`` (or 'auto'), in the whole process.
+
+    The choice is process-wide, not per thread, because autograd runs backward passes on threads of its own.
+    """
+    global _override
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"name must be 'auto' or one of {BACKENDS}, got {name!r}")
+    previous, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def can_use(op: str, *args: Any, backend: str) -> tuple[bool, str]:
+    """Whether ``backend`` runs ``op`` on these arguments, and why (not)."""
+    implementation = _registry.get((op, backend))
+    if implementation is None:
+        return False, f"this build has no {backend} implementation of {op}"
+    return implementation.accepts(*args)
+
+
+def resolve(op: str, entry: str, *args: Any) -> Callable[..., Any]:
+    """The function that runs ``entry`` of ``op`` on ``args``; RuntimeError if the requested backend refuses."""
+    name = requested_backend()
+    if name is not None:
+        ok, reason = can_use(op, *args, backend=name)
+        if not ok:
+            raise RuntimeError(f"backend {name!r} was requested but cannot run {op}: {reason}")
+        return _registry[op, name].functions[entry]
+    for candidate in BACKENDS:
+        implementation = _registry.get((op, candidate))
+        if implementation is not None and implementation.accepts(*args)[0]:
+            return implementation.functions[entry]
+    raise RuntimeError(f"no backend can run {op}; import guardspace_kernels.ops to register the reference")
+
+
+def status() -> list[tuple[str, str, bool, str]]:
+    """For the environment report: (op, backend, registered, reason) for every pair."""
+    rows = []
+    for op in OPS:
+        for backend in BACKENDS:
+            registered = (op, backend) in _registry
+            reason = "registered" if registered else f"this build has no {backend} implementation of {op}"
+            rows.append((op, backend, registered, reason))
+    return rows

@@ -1,0 +1,65 @@
+"""``guardspace env``: one page about this installation."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+import guardspace_kernels
+from guardspace_kernels import dispatch
+
+_PACKAGES = ("transformers", "peft", "accelerate", "trl", "safetensors", "numpy", "triton")
+_CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def cpu_flags() -> list[str]:
+    """Those of the instruction sets that matter here which the CPU reports (Linux only; empty elsewhere)."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            text = file.read()
+    except OSError:
+        return []
+    lines = [line for line in text.splitlines() if line.lower().startswith(("flags", "features"))]
+    found = set(lines[0].split(":", 1)[1].split()) if lines else set()
+    return [flag for flag in _CPU_FLAGS if flag in found]
+
+
+def environment_report() -> str:
+    """Versions, CPU features, GPUs, and each backend with the reason why it is or is not used."""
+    rows = [
+        ("guardspace_kernels", guardspace_kernels.__version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, HIP {torch.version.hip or 'none'}"),
+        *((package, _version(package)) for package in _PACKAGES),
+        ("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {' '.join(cpu_flags()) or 'flags unknown'}"),
+        ("torch cpu level", torch.backends.cpu.get_cpu_capability()),
+    ]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            rows.append((f"gpu {i}", f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})"))
+    else:
+        rows.append(("gpu", "none visible to torch"))
+    rows.append(("GUARDSPACE_BACKEND", os.environ.get("GUARDSPACE_BACKEND", "not set (automatic)")))
+    lines = [f"{name:20} {value}" for name, value in rows]
+    lines.append("")
+    for op in dispatch.OPS:
+        taken = dispatch.requested_backend()
+        for _, backend, registered, reason in (row for row in dispatch.status() if row[0] == op):
+            used = registered and taken in (None, backend)
+            if used and taken is None:
+                taken = backend
+            elif registered and not used:
+                reason = f"registered, but {taken} is preferred or requested"
+            lines.append(f"{op:16} {backend:10} {'used' if used else '-':5} {reason}")
+    return "\n".join(lines)

@@ -1,0 +1,127 @@
+"""Export: the guarded adapter as a plain LoRA on the untouched base model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from guardspace_kernels.guard.certificate import adapted_layers, relative_drift
+from guardspace_kernels.guard.files import write_atomic, write_text
+from guardspace_kernels.guard.layers import base_model, is_conv1d
+
+if TYPE_CHECKING:
+    from guardspace_kernels.guard.statistics import CalibrationStatistics
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What rounding to the export dtype cost, per layer.
+
+    Attributes:
+        leak: ``‖ΔW (I − P)‖_F / ‖ΔW‖_F`` of the rounded factors; 0 would be exact.
+        drift: ``‖ΔW X‖_F / ‖W X‖_F`` of the rounded factors on the calibration tokens, where statistics were given.
+    """
+
+    path: str
+    dtype: str
+    rank: int
+    leak: dict[str, float]
+    drift: dict[str, float]
+
+    def __str__(self) -> str:
+        text = f"rank-{self.rank} LoRA in {self.dtype} at {self.path}: worst leak {max(self.leak.values()):.1e}"
+        return text + (f", worst drift {max(self.drift.values()):.1e}" if self.drift else "")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """As JSON, atomically."""
+        write_text(path, json.dumps(asdict(self), indent=2))
+
+
+def peft_key(layer: str, factor: str) -> str:
+    """The name of a factor in PEFT's adapter file."""
+    return f"base_model.model.{layer}.{factor}.weight"
+
+
+def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
+    """The shortest description that matches these layers and no other: their last names, or else the full ones."""
+    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
+    others = {re.sub(r"^base_model\.model\.", "", n).removesuffix(".base_layer") for n in _linear_names(model)}
+    caught = {name for name in others | set(names) if name.rsplit(".", 1)[-1] in endings}
+    return endings if caught == set(names) else names
+
+
+def _linear_names(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and "lora_" not in name:
+            yield name
+
+
+def export_lora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    stats: CalibrationStatistics | None = None,
+) -> ExportReport:
+    """Writes the adapter as a plain PEFT LoRA of rank 2r on the untouched base model.
+
+    ``W + ΔW = W + [s·B | −s·B₀] [A P; A₀P]``, with ``lora_alpha`` equal to the rank so that the scaling is 1. Any PEFT
+    or vLLM user loads it without this library, onto the base model that ``attach_guard`` was given.
+
+    Args:
+        model: a guarded model, or any module with :class:`~guardspace_kernels.nn.ProjectedLoraLinear` layers.
+        path: folder for ``adapter_model.safetensors`` and ``adapter_config.json``, each written atomically.
+        dtype: of the factors; default that of the adapter. Rounding breaks "zero": the report measures by how much.
+        stats: adds the drift on the calibration tokens, after rounding, to the report.
+
+    Raises:
+        ValueError: there is no guarded layer.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no guarded layer; nothing to export")
+    tensors: dict[str, torch.Tensor] = {}
+    leak: dict[str, float] = {}
+    drift: dict[str, float] = {}
+    for name, layer in layers.items():
+        F, G = (t.to(dtype or layer.dtype) for t in (layer.F, layer.G))
+        tensors[peft_key(name, "lora_A")], tensors[peft_key(name, "lora_B")] = (
+            G.cpu().contiguous(),
+            F.cpu().contiguous(),
+        )
+        leak[name] = layer.leak(F, G)
+        if stats is not None:
+            drift[name] = relative_drift(F, G, layer.weight, stats.for_layer(name).covariance)
+    rank = next(iter(layers.values())).G.shape[0]
+    base = base_model(model)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_target_modules(model, list(layers)),
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
+        base_model_name_or_path=getattr(base, "name_or_path", None) or None,
+        task_type="CAUSAL_LM" if hasattr(base, "prepare_inputs_for_generation") else None,
+        inference_mode=True,
+    )
+    folder = Path(path)
+    write_atomic(folder / ADAPTER_WEIGHTS, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        config.save_pretrained(scratch)
+        os.replace(Path(scratch) / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
+    return ExportReport(os.fspath(path), "/".join(dtypes), rank, leak, drift)

@@ -1,0 +1,129 @@
+"""The linear layers of a model: which ones, their weights, and fingerprints of both."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's Conv1D: a linear layer whose weight is stored as (d_in, d_out)."""
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model under a PeftModel; any other model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def linear_weight(module: nn.Module) -> torch.Tensor:
+    """The layer's weight as (d_out, d_in): a view, whatever the storage."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.T if is_conv1d(module) else weight
+
+
+def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-linear") -> dict[str, nn.Module]:
+    """Name -> module of the linear layers to guard, in the model's order.
+
+    Args:
+        target_modules: "all-linear" (every Linear or Conv1D but the output embedding), a regular expression that must
+            match the whole name, or a list of names or name endings, all as in PEFT.
+
+    Raises:
+        TypeError: the model carries adapters, or a layer's weight is not a floating-point matrix (quantised).
+        ValueError: nothing matches.
+    """
+    linear = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)
+    }
+    adapted = [name for name in linear if ".base_layer" in name or "lora_" in name]
+    if adapted:
+        raise TypeError(
+            f"model already carries adapters (found {adapted[0]}); pass the base model, before attach_guard or PEFT"
+        )
+    if target_modules == "all-linear":
+        get_output = getattr(model, "get_output_embeddings", None)
+        head = get_output() if callable(get_output) else None
+        found = {name: m for name, m in linear.items() if m is not head and name.rsplit(".", 1)[-1] != "lm_head"}
+    elif isinstance(target_modules, str):
+        found = {name: m for name, m in linear.items() if re.fullmatch(target_modules, name)}
+    else:
+        wanted = set(target_modules)
+        found = {name: m for name, m in linear.items() if name in wanted}
+        if len(found) < len(wanted):
+            found = {n: m for n, m in linear.items() if any(n == e or n.endswith("." + e) for e in wanted)}
+    if not found:
+        raise ValueError(
+            f"target_modules={target_modules!r} matches no Linear or Conv1D layer; the model has "
+            f"{sorted({name.rsplit('.', 1)[-1] for name in linear})}"
+        )
+    for name, module in found.items():
+        weight = linear_weight(module)
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise TypeError(
+                f"layer {name}: weight has dtype {weight.dtype} and shape {tuple(weight.shape)}; only floating-point "
+                "matrices can be guarded (load the model without quantisation)"
+            )
+    return found
+
+
+def tensor_fingerprint(t: torch.Tensor) -> str:
+    """A hash of a tensor's dtype, shape and bits that does not depend on its device, strides or the thread count.
+
+    Row and column sums of the bit patterns as wrapping 64-bit integers, then SHA-256: one pass at memory speed.
+    """
+    if t.is_meta:
+        raise ValueError(f"a weight of shape {tuple(t.shape)} is on the meta device: load the model first")
+    digest = hashlib.sha256(f"{t.dtype} {tuple(t.shape)}".encode())
+    bits = t.detach().contiguous().view(_INTEGERS[t.element_size()]).reshape(t.shape if t.dim() else (1,))
+    for dim in {0, bits.dim() - 1}:
+        digest.update(bits.sum(dim=dim, dtype=torch.int64).cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class ModelFingerprint:
+    """What identifies a model: a hash over all of its parameters, and one for each layer concerned."""
+
+    model: str
+    layers: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module, layers: Sequence[str]) -> ModelFingerprint:
+        each = {name: tensor_fingerprint(p) for name, p in sorted(model.named_parameters())}
+        whole = hashlib.sha256("\n".join(f"{name} {value}" for name, value in each.items()).encode())
+        wanted = {name: each.get(f"{name}.weight") for name in layers}
+        # A tied weight appears under one of its names only.
+        return cls(
+            whole.hexdigest()[:32],
+            {n: v or tensor_fingerprint(_stored_weight(model, n)) for n, v in wanted.items()},
+        )
+
+    def check(self, other: ModelFingerprint, subject: str) -> None:
+        """ValueError that says which layers differ unless both are of the same weights."""
+        if self.model == other.model and all(self.layers.get(n) == v for n, v in other.layers.items()):
+            return
+        differing = [name for name, value in other.layers.items() if self.layers.get(name) != value]
+        where = f"layer {differing[0]} differs" if differing else "a weight outside the guarded layers differs"
+        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        raise ValueError(
+            f"{subject} belong to another model: {where}{more}. They are bound to the weights they were made from; "
+            "collect statistics and plan again for this model"
+        )
+
+
+def _stored_weight(model: nn.Module, name: str) -> torch.Tensor:
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight

@@ -1,0 +1,114 @@
+"""The harmful-resistant null space of a layer's input, as the thinner of two orthonormal bases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+RULES = ("energy", "rank", "paper")
+
+# A sink direction is added to the protected ones where less than this share of it lies outside them already.
+_SINK_TOLERANCE = 1e-3
+
+
+class EmptyNullSpaceError(ValueError):
+    """Nothing is left for the adapter: with P = 0 it could never learn."""
+
+
+@dataclass
+class NullSpace:
+    """``P = I − Q Qᵀ`` or ``P = N Nᵀ``.
+
+    Attributes:
+        basis: (d, k) float64, Q if ``complement`` else N; the thinner of the two.
+        complement: whether the basis spans the protected directions.
+        protected: dimension of the protected space, sink directions included.
+        sink_directions: how many of them the sinks added.
+        free_energy: tr(P C) / tr(C), the share of the calibration energy that the adapter can act on.
+    """
+
+    basis: torch.Tensor
+    complement: bool
+    protected: int
+    sink_directions: int
+    free_energy: float
+
+
+def null_space(
+    covariance: torch.Tensor,
+    sinks: torch.Tensor,
+    *,
+    rule: str = "energy",
+    protect: float = 0.99,
+    protect_dims: int | None = None,
+) -> NullSpace:
+    """Splits the input space of a layer into protected directions and the null space.
+
+    With ``C = E Λ Eᵀ`` the smallest set of leading eigenvectors is protected such that
+
+    * ``rule="energy"``: the others hold at most ``1 − protect`` of tr(C);
+    * ``rule="rank"``: there are ``protect_dims`` of them;
+    * ``rule="paper"``: the others have ``λ ≤ max(1e-8, 1e-6·λ_max)``, as the code of the paper.
+
+    The span of ``sinks`` is protected as well. Solved in float64.
+
+    Args:
+        covariance: (d, d), symmetric. sinks: (n, d), n may be 0.
+
+    Raises:
+        EmptyNullSpaceError: no dimension is left. ValueError: C is zero or not finite, or the rule is unknown.
+
+    Source: GuardSpace (arXiv 2510.14301), the harmful-resistant null space.
+    """
+    C = covariance.double()
+    d = C.shape[0]
+    if not torch.isfinite(C).all():
+        raise ValueError("the covariance holds non-finite values")
+    eigenvalues, E = torch.linalg.eigh(C)
+    eigenvalues = eigenvalues.clamp_min(0.0)
+    total = eigenvalues.sum()
+    if total <= 0:
+        raise ValueError("the covariance is zero: no token was counted")
+    largest = eigenvalues[-1]
+    if rule == "energy":
+        # Eigenvalues at rounding level are zeros: without the slack, protect=1 would protect noise.
+        slack = d * torch.finfo(torch.float64).eps * largest
+        free = int((eigenvalues.cumsum(0) <= (1.0 - protect) * total + slack).sum())
+    elif rule == "rank":
+        if protect_dims is None:
+            raise ValueError('rule="rank" needs protect_dims')
+        free = d - protect_dims
+    elif rule == "paper":
+        free = int((eigenvalues <= torch.clamp(1e-6 * largest, min=1e-8)).sum())
+    else:
+        raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
+    if free <= 0:
+        raise EmptyNullSpaceError(f"the rule leaves no null space: all {d} dimensions are protected")
+    N, Q = E[:, :free], E[:, free:]
+    outside = _directions_outside(sinks.double(), Q)
+    added = outside.shape[1]
+    if added >= free:
+        raise EmptyNullSpaceError(
+            f"the rule leaves {free} dimensions and {added} distinct first-token directions take them all"
+        )
+    if added:
+        # `outside` lies in span(N): rotate N so that its first columns are that span, and give those to Q.
+        rotation, _ = torch.linalg.qr(N.T @ outside, mode="complete")
+        N = N @ rotation
+        N, Q = N[:, added:], torch.cat([Q, N[:, :added]], dim=1)
+    protected = Q.shape[1]
+    free_energy = float(((C @ N) * N).sum().clamp_min(0.0) / total)
+    complement = protected <= d - protected
+    return NullSpace(Q if complement else N, complement, protected, added, free_energy)
+
+
+def _directions_outside(sinks: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis (d, m) of what the sinks add to span(Q)."""
+    norms = sinks.norm(dim=1, keepdim=True)
+    units = (sinks / norms.clamp_min(torch.finfo(torch.float64).tiny)).T
+    units = units - Q @ (Q.T @ units)
+    if units.shape[1] == 0:
+        return units
+    U, sigma, _ = torch.linalg.svd(units, full_matrices=False)
+    return U[:, sigma > _SINK_TOLERANCE]

@@ -1,0 +1,339 @@
+"""The plan: for every layer its protected directions and the adapter's starting point. Inspect it before training."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from guardspace_kernels.guard.files import load_tensors, save_tensors
+from guardspace_kernels.guard.layers import ModelFingerprint, find_layers, linear_weight
+from guardspace_kernels.guard.null_space import RULES, EmptyNullSpaceError, NullSpace, null_space
+from guardspace_kernels.guard.safety_subspace import INITS, starting_factors, trailing_subspace
+from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
+
+_KIND = "guard plan"
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """How to guard.
+
+    Attributes:
+        rank: r of the adapter, from 1 to the smallest min(d_out, d_in) of the layers.
+        alpha: PEFT's ``lora_alpha``; the scaling is ``s = alpha / rank``. Default ``2 * rank``.
+        protect: ``rule="energy"``: the share of the calibration energy, in (0, 1], that the protected directions hold.
+            Higher is safer and leaves less to learn with.
+        rule: "energy"; "rank": protect ``protect_dims`` leading eigenvectors in every layer; or "paper": the
+            threshold of the paper's code, ``λ ≤ max(1e-8, 1e-6·λ_max)``, at the mercy of outliers.
+        protect_dims: for ``rule="rank"``.
+        init: where the adapter starts: "balanced" (the safety-irrelevant trailing subspace of the weight, factors of
+            equal norms), "paper" (the same, scaled by singular values) or "zero" (B = 0, as plain LoRA).
+        projector: False leaves the null-space projector out: an ablation, nothing is protected.
+        damping: δ in ``C + δ·mean(diag C)·I`` before the trailing subspace is taken.
+        dropout: on the adapter's input while training.
+        seed: of the random A of ``init="zero"``.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    protect: float = 0.99
+    rule: str = "energy"
+    protect_dims: int | None = None
+    init: str = "balanced"
+    projector: bool = True
+    damping: float = 0.01
+    dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank must be a positive integer, got {self.rank!r}")
+        if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise ValueError(f"alpha must be positive, got {self.alpha!r}")
+        if not 0.0 < self.protect <= 1.0:
+            raise ValueError(f"protect must be a share in (0, 1], such as 0.99, got {self.protect!r}")
+        if self.rule not in RULES:
+            raise ValueError(f"rule must be one of {RULES}, got {self.rule!r}")
+        if (self.rule == "rank") != (self.protect_dims is not None):
+            raise ValueError('protect_dims must be given with rule="rank", and only with it')
+        if self.protect_dims is not None and self.protect_dims < 0:
+            raise ValueError(f"protect_dims must be 0 or more, got {self.protect_dims}")
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
+        if self.damping < 0:
+            raise ValueError(f"damping must be 0 or more, got {self.damping}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def scale(self) -> float:
+        """PEFT's scaling s."""
+        return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+
+@dataclass
+class LayerPlan:
+    """One layer of a plan.
+
+    Attributes:
+        name, shape: of the layer, shape = (d_out, d_in).
+        A0: A₀P (r, d_in), float32; B0: B₀ (d_out, r), float32, zero for ``init="zero"``.
+        space: index into :attr:`GuardPlan.spaces`.
+        warnings: what a user should know about this layer.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    A0: torch.Tensor
+    B0: torch.Tensor
+    space: int
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class GuardPlan:
+    """What :func:`plan_guard` returns. ``print(plan)`` shows a row per layer; ``save``/``load`` use one file.
+
+    Attributes:
+        spaces: one :class:`NullSpace` per distinct layer input, shared by the layers that read it (float32 bases);
+            None where the configuration leaves the projector out.
+    """
+
+    config: GuardConfig
+    layers: dict[str, LayerPlan]
+    spaces: list[NullSpace | None]
+    model: ModelFingerprint
+
+    def space_of(self, name: str) -> NullSpace | None:
+        return self.spaces[self.layers[name].space]
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether the adapter starts away from zero, so that the residual W_res differs from W."""
+        return self.config.init != "zero"
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything in the plan."""
+        digest = hashlib.sha256(repr((self.config, self.model.model)).encode())
+        for name, layer in self.layers.items():
+            digest.update(f"{name} {layer.space}".encode())
+            for t in (layer.A0, layer.B0):
+                digest.update(t.contiguous().numpy().tobytes())
+        for space in self.spaces:
+            if space is not None:
+                digest.update(str(space.complement).encode())
+                digest.update(space.basis.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def __str__(self) -> str:
+        width = max([len(name) for name in self.layers] + [5])
+        lines = [
+            f"{'layer':{width}}  {'d_out':>6} {'d_in':>6}  {'protected':>9} {'energy':>8} {'free':>8} {'capacity':>8}  "
+            "warnings"
+        ]
+        for name, layer in self.layers.items():
+            d_out, d_in = layer.shape
+            space = self.space_of(name)
+            protected, energy, free = (0, 0.0, 1.0)
+            if space is not None:
+                protected, energy, free = space.protected, 1.0 - space.free_energy, space.free_energy
+            lines.append(
+                f"{name:{width}}  {d_out:6d} {d_in:6d}  {protected:9d} {energy:8.3%} {free:8.3%} "
+                f"{1 - protected / d_in:8.1%}  {'; '.join(layer.warnings)}".rstrip()
+            )
+        return "\n".join([*lines, self.summary()])
+
+    def summary(self) -> str:
+        """One line for the whole plan."""
+        shares = [
+            0.0 if space is None else space.protected / self.layers[name].shape[1]
+            for name, space in ((name, self.space_of(name)) for name in self.layers)
+        ]
+        warned = sum(bool(layer.warnings) for layer in self.layers.values())
+        text = (
+            f"{len(self.layers)} layers, rank {self.config.rank}, scale {self.config.scale:g}: on average "
+            f"{sum(shares) / len(shares):.1%} of the dimensions protected (from {min(shares):.1%} to {max(shares):.1%})"
+        )
+        return text + (f"; {warned} layers with warnings" if warned else "")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file, atomically."""
+        tensors: dict[str, torch.Tensor] = {}
+        for i, layer in enumerate(self.layers.values()):
+            tensors[f"layer.{i}.A0"], tensors[f"layer.{i}.B0"] = layer.A0, layer.B0
+        spaces: list[dict[str, object] | None] = []
+        for i, space in enumerate(self.spaces):
+            if space is None:
+                spaces.append(None)
+                continue
+            tensors[f"space.{i}.basis"] = space.basis
+            spaces.append({f.name: getattr(space, f.name) for f in dataclasses.fields(space) if f.name != "basis"})
+        header = {
+            "version": 1,
+            "config": dataclasses.asdict(self.config),
+            "model": dataclasses.asdict(self.model),
+            "layers": [[x.name, x.shape, x.space, x.warnings] for x in self.layers.values()],
+            "spaces": spaces,
+            "fingerprint": self.fingerprint,
+        }
+        save_tensors(path, _KIND, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> GuardPlan:
+        """Reads what :meth:`save` wrote; ValueError if the file is of another kind or its content was altered."""
+        tensors, header = load_tensors(path, _KIND)
+        layers = {
+            name: LayerPlan(
+                name, (shape[0], shape[1]), tensors[f"layer.{i}.A0"], tensors[f"layer.{i}.B0"], space, warnings
+            )
+            for i, (name, shape, space, warnings) in enumerate(header["layers"])
+        }
+        spaces = [
+            None if entry is None else NullSpace(basis=tensors[f"space.{i}.basis"], **entry)
+            for i, entry in enumerate(header["spaces"])
+        ]
+        plan = cls(GuardConfig(**header["config"]), layers, spaces, ModelFingerprint(**header["model"]))
+        if plan.fingerprint != header["fingerprint"]:
+            raise ValueError(f"{os.fspath(path)}: the plan's content does not match its fingerprint; it was altered")
+        return plan
+
+
+def _space_for(entry: InputStatistics, config: GuardConfig) -> NullSpace:
+    layer = entry.layers[0]
+    if entry.tokens == 0:
+        raise ValueError(f"layer {layer}: no token was counted; collect statistics on longer prompts")
+    if not torch.isfinite(entry.sinks).all():
+        raise ValueError(f"layer {layer}: the statistics hold non-finite values; collect them again")
+    try:
+        return null_space(
+            entry.covariance,
+            entry.sinks,
+            rule=config.rule,
+            protect=config.protect,
+            protect_dims=config.protect_dims,
+        )
+    except EmptyNullSpaceError as error:
+        change = {
+            "energy": f"lower protect (now {config.protect})",
+            "rank": f"lower protect_dims (now {config.protect_dims})",
+            "paper": 'use rule="energy" (an outlier or plentiful tokens defeat the paper\'s threshold)',
+        }[config.rule]
+        raise EmptyNullSpaceError(
+            f"layer {layer}: {error}, so its adapter could never learn; {change}, or leave the layer out"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"layer {layer}: {error}; collect the statistics again") from error
+
+
+def _space_warnings(entry: InputStatistics, space: NullSpace, rank: int) -> list[str]:
+    d = entry.covariance.shape[0]
+    warnings = []
+    if entry.tokens < d:
+        warnings.append(f"only {entry.tokens} calibration tokens for {d} dimensions")
+    if d - space.protected < rank:
+        warnings.append(f"{d - space.protected} free dimensions for rank {rank}")
+    return warnings
+
+
+def plan_guard(
+    model: nn.Module,
+    stats: CalibrationStatistics,
+    config: GuardConfig | None = None,
+    *,
+    target_modules: str | Sequence[str] | None = None,
+    progress: bool = True,
+) -> GuardPlan:
+    """Decides, layer by layer, what is protected and where the adapter starts.
+
+    Per distinct input: the null space of its covariance by ``config.rule``, sink directions protected. Per layer: the
+    trailing left singular subspace U_r of ``W C``, hence ``s·B₀A₀ = U_r U_rᵀ W`` and the start ``A₀P, B₀``. Bases are
+    thin, shared between layers that read the same tensor, and kept in float32; nothing of the model is changed.
+
+    Args:
+        model: the base model that ``stats`` were collected on, or a copy of it.
+        config: default ``GuardConfig()``.
+        target_modules: a subset of the layers in ``stats`` (as in :func:`collect_statistics`); default all.
+
+    Raises:
+        EmptyNullSpaceError: a layer whose adapter could not learn, and what to change.
+        ValueError: statistics of another model or layer, non-finite statistics, or a rank above min(d_out, d_in);
+            the message names the layer.
+
+    Source: GuardSpace (arXiv 2510.14301).
+    """
+    config = config or GuardConfig()
+    names = list(find_layers(model, stats.layers if target_modules is None else target_modules))
+    missing = [name for name in names if name not in stats.layers]
+    if missing:
+        raise ValueError(f"layer {missing[0]} has no statistics; collect them with it in target_modules")
+    stats.fingerprint.check(ModelFingerprint.of(model, names), "the statistics")
+
+    used = [entry for entry in stats.inputs if any(name in names for name in entry.layers)]
+    index_of = {name: i for i, entry in enumerate(used) for name in entry.layers}
+    spaces: list[NullSpace | None] = []
+    space_warnings: list[list[str]] = []
+    layers: dict[str, LayerPlan] = {}
+    generator = torch.Generator().manual_seed(config.seed)
+    with tqdm(total=len(used) + len(names), desc="plan", unit="solve", disable=not progress) as bar:
+        for entry in used:
+            space = _space_for(entry, config) if config.projector else None
+            if space is not None:
+                space.basis = space.basis.float().cpu()
+            spaces.append(space)
+            space_warnings.append([] if space is None else _space_warnings(entry, space, config.rank))
+            bar.update()
+        for name in names:
+            layers[name] = _plan_layer(
+                name, model.get_submodule(name), used[index_of[name]], spaces[index_of[name]], config, generator
+            )
+            layers[name].space = index_of[name]
+            layers[name].warnings[:0] = space_warnings[index_of[name]]
+            bar.update()
+    fingerprint = ModelFingerprint(stats.fingerprint.model, {n: stats.fingerprint.layers[n] for n in names})
+    return GuardPlan(config, layers, spaces, fingerprint)
+
+
+def _plan_layer(
+    name: str,
+    module: nn.Module,
+    entry: InputStatistics,
+    space: NullSpace | None,
+    config: GuardConfig,
+    generator: torch.Generator,
+) -> LayerPlan:
+    weight = linear_weight(module).detach()
+    d_out, d_in = weight.shape
+    if config.rank > min(d_out, d_in):
+        raise ValueError(
+            f"layer {name}: rank {config.rank} is above min(d_out, d_in) = {min(d_out, d_in)}; "
+            "lower rank or leave the layer out"
+        )
+    if entry.covariance.shape[0] != d_in:
+        raise ValueError(
+            f"layer {name}: its statistics are {tuple(entry.covariance.shape)} but it reads {d_in} features"
+        )
+    warnings = []
+    if config.init == "zero":
+        bound = 1.0 / math.sqrt(d_in)
+        A0 = (torch.rand(config.rank, d_in, generator=generator, dtype=torch.float64) * 2 - 1) * bound
+        B0 = torch.zeros(d_out, config.rank, dtype=torch.float64)
+    else:
+        U, sigma = trailing_subspace(weight, entry.covariance.to(weight.device), config.rank, config.damping)
+        A0, B0, dead = starting_factors(weight, U, sigma, config.scale, config.init)
+        if dead:
+            warnings.append(f"{dead} of {config.rank} starting directions carry no weight and start at zero")
+        A0, B0 = A0.cpu(), B0.cpu()
+    if space is not None:
+        basis = space.basis.double()
+        onto_basis = (A0 @ basis) @ basis.T
+        A0 = A0 - onto_basis if space.complement else onto_basis
+    return LayerPlan(name, (d_out, d_in), A0.float(), B0.float().contiguous(), -1, warnings)

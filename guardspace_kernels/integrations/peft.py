@@ -1,0 +1,401 @@
+"""GuardSpace as a PEFT model: ``attach_guard`` and the layer behind it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from guardspace_kernels.guard.attach import LayerGuard, layer_guards
+from guardspace_kernels.guard.export import ADAPTER_WEIGHTS, export_lora, peft_key
+from guardspace_kernels.guard.files import load_tensors, save_tensors
+from guardspace_kernels.guard.layers import is_conv1d, linear_weight
+from guardspace_kernels.guard.plan import GuardPlan
+from guardspace_kernels.nn import NullSpaceProjector
+from guardspace_kernels.nn.projected_lora_linear import delta_factors
+from guardspace_kernels.ops import projected_lora
+
+#: The file beside a saved adapter from which training resumes exactly.
+GUARD_FILE = "guardspace.safetensors"
+_KIND = "guarded adapter"
+RESIDUALS = ("virtual", "frozen")
+
+
+class GuardedLinear(LoraLinear):
+    """PEFT's LoRA layer with the adapter confined to the null space: ``ΔW = s (B A − B₀A₀) P``.
+
+    ``lora_A`` and ``lora_B`` keep PEFT's names. ``A P`` is formed in every forward (*forward* mode), unless
+    :func:`guardspace_kernels.guard_optimizer` keeps ``A = A P`` itself (*step* mode). The layer's state dict is that
+    of the equivalent plain LoRA of rank 2r, ``lora_A = [A P; A₀P]`` and ``lora_B = [B, −B₀]`` at the same scaling:
+    what is taken out of the model means the same in plain PEFT, and a dict that does not is refused on loading.
+    """
+
+    adapter: str
+    projector: NullSpaceProjector | None
+    frozen_A: torch.Tensor | None
+    frozen_B: torch.Tensor | None
+
+    def install_guard(
+        self, adapter: str, guard: LayerGuard, projector: NullSpaceProjector | None, residual: str
+    ) -> None:
+        """Sets the adapter to its start and confines it; called once by :func:`attach_guard`."""
+        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        with torch.no_grad():
+            A.copy_(guard.A0)
+            B.copy_(guard.B0)
+        self.adapter = adapter
+        self.projector = projector
+        self.step_mode = False
+        self.weight_is_residual = guard.frozen and residual == "frozen"
+        self.register_buffer("frozen_A", A.detach().clone() if guard.frozen else None, persistent=False)
+        self.register_buffer("frozen_B", B.detach().clone() if guard.frozen else None, persistent=False)
+        if self.weight_is_residual:
+            self._add_frozen_to_weight(-1.0)
+        self.register_state_dict_post_hook(_to_plain_lora)
+        self.register_load_state_dict_pre_hook(_from_plain_lora)
+
+    @property
+    def guarded(self) -> bool:
+        return hasattr(self, "adapter")
+
+    @property
+    def A(self) -> nn.Parameter:
+        return self.lora_A[self.adapter].weight
+
+    @property
+    def B(self) -> nn.Parameter:
+        return self.lora_B[self.adapter].weight
+
+    @property
+    def scale(self) -> float:
+        return float(self.scaling[self.adapter])
+
+    @property
+    def frozen_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A₀P, B₀); only where the adapter did not start at zero."""
+        if self.frozen_A is None or self.frozen_B is None:
+            raise RuntimeError("this adapter started at zero: it has no frozen factors")
+        return self.frozen_A, self.frozen_B
+
+    @torch.no_grad()
+    def _add_frozen_to_weight(self, sign: float) -> None:
+        weight = linear_weight(self.get_base_layer())
+        weight.copy_(weight.float() + sign * self._frozen_delta())
+
+    def _frozen_delta(self) -> torch.Tensor:
+        """``s·B₀A₀P`` (d_out, d_in)."""
+        A, B = self.frozen_factors
+        return self.scale * (B.float() @ A.float())
+
+    def restore_base(self) -> None:
+        """Puts B₀A₀P back into the weight where ``residual="frozen"`` took it out (up to rounding)."""
+        if self.weight_is_residual:
+            self._add_frozen_to_weight(1.0)
+            self.weight_is_residual = False
+
+    def leak(self) -> float:
+        """``‖A − A P‖ / ‖A‖``; what the adapter holds outside the null space (harmless in forward mode)."""
+        if self.projector is None:
+            return 0.0
+        A = self.A.detach().float()
+        outside = A - self.projector.project_(A.clone())
+        return float(outside.norm() / A.norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+    def delta_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(F, G) with ``ΔW = F G`` against the base weight; RuntimeError if step mode's invariant is broken."""
+        self.check_invariant()
+        return delta_factors(self.A, self.B, self.projector, self.scale, self.frozen_A, self.frozen_B)
+
+    def check_invariant(self) -> None:
+        """In step mode the forward relies on ``A = A P``: RuntimeError if someone moved A out of the null space."""
+        if self.step_mode and self.leak() > _LEAK_TOLERANCE[self.A.dtype]:
+            raise RuntimeError(
+                f"the adapter left the null space (‖A − A P‖/‖A‖ = {self.leak():.1e}): in step mode only the guarded "
+                "optimiser may change it. Remove the optimiser guard to return to forward mode, which is always exact"
+            )
+
+    def base_weight(self) -> torch.Tensor:
+        """The weight W of the base model (d_out, d_in), also where the layer holds W_res."""
+        weight = linear_weight(self.get_base_layer()).detach()
+        return weight.float() + self._frozen_delta() if self.weight_is_residual else weight
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What merging adds to the layer's weight; PEFT's merge and unmerge call this."""
+        F, G = self.delta_factors()
+        if self.weight_is_residual:
+            rank = self.A.shape[0]
+            F, G = F[:, :rank], G[:rank]
+        delta = F @ G
+        return (delta.T if self.fan_in_fan_out else delta).to(linear_weight(self.get_base_layer()).dtype)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not self.guarded:
+            raise RuntimeError("this layer has no guard yet; build the model with attach_guard(model, plan)")
+        if args or any(value is not None for value in kwargs.values()):
+            raise ValueError(
+                f"a guarded layer takes its input alone, got also {sorted(kwargs) or 'positional arguments'}"
+            )
+        base = self.get_base_layer()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.merged:
+            return self.base_layer(x)
+        if self.disable_adapters:
+            if not self.weight_is_residual:
+                return self.base_layer(x)
+            A0, B0 = self.frozen_factors
+            return projected_lora(x, linear_weight(base), A0, B0, scale=self.scale, bias=base.bias)
+        dropout = self.lora_dropout[self.adapter]
+        virtual = not self.weight_is_residual
+        project = self.projector is not None and not self.step_mode
+        return projected_lora(
+            x,
+            linear_weight(base),
+            self.A,
+            self.B,
+            self.projector.basis if project and self.projector is not None else None,
+            self.projector.complement if self.projector is not None else True,
+            self.scale,
+            base.bias,
+            self.frozen_A if virtual else None,
+            self.frozen_B if virtual else None,
+            dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0,
+        )
+
+    def load_factors(self, A_P: torch.Tensor, B: torch.Tensor, where: str) -> None:
+        """ValueError unless the adapter (r, d_in), (d_out, r) that is to be loaded lies in the null space."""
+        if A_P.shape != self.A.shape or B.shape != self.B.shape:
+            raise ValueError(
+                f"{where}: the adapter has shapes {tuple(A_P.shape)} and {tuple(B.shape)}, expected "
+                f"{tuple(self.A.shape)} and {tuple(self.B.shape)}"
+            )
+        if not (torch.isfinite(A_P).all() and torch.isfinite(B).all()):
+            raise ValueError(f"{where}: the adapter holds non-finite values")
+        if self.projector is None:
+            return
+        exact = A_P.to(self.A.device, torch.float32)
+        outside = exact - self.projector.project_(exact.clone())
+        leak = float(outside.norm() / exact.norm().clamp_min(torch.finfo(torch.float32).tiny))
+        if leak > _LEAK_TOLERANCE[A_P.dtype]:
+            raise ValueError(
+                f"{where}: the adapter acts outside the null space (‖A Q‖/‖A‖ = {leak:.1e}); it was not trained under "
+                "this plan, or the file was altered"
+            )
+
+
+# What rounding A P to its dtype leaves outside the null space, with a wide margin.
+_LEAK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def _to_plain_lora(layer: GuardedLinear, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    key_A, key_B = (f"{prefix}{name}.{layer.adapter}.weight" for name in ("lora_A", "lora_B"))
+    if key_A not in state or key_B not in state:
+        return
+    F, G = layer.delta_factors()
+    state[key_A] = G.to(layer.A.dtype)
+    state[key_B] = (F / layer.scale).to(layer.B.dtype)
+
+
+def _from_plain_lora(layer: GuardedLinear, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    key_A, key_B = (f"{prefix}{name}.{layer.adapter}.weight" for name in ("lora_A", "lora_B"))
+    A, B = state.get(key_A), state.get(key_B)
+    if A is None or B is None:
+        return
+    rank = layer.A.shape[0]
+    rows = rank if layer.frozen_A is None else 2 * rank
+    where = prefix.removeprefix("base_model.model.").rstrip(".")
+    if A.shape[0] != rows or B.dim() != 2 or B.shape[1] != rows:
+        raise ValueError(
+            f"{where}: a guarded layer's state has {rows} adapter rows, [A P; A0 P], got shapes {tuple(A.shape)} and "
+            f"{tuple(B.shape)}; it is not the state of this guarded model"
+        )
+    if layer.frozen_A is not None and layer.frozen_B is not None:
+        for ours, theirs in ((layer.frozen_A, A[rank:]), (layer.frozen_B, -B[:, rank:])):
+            if ours.shape != theirs.shape or (ours - theirs.to(ours)).norm() > 1e-2 * ours.norm():
+                raise ValueError(f"{where}: the state starts from another plan (its frozen rows differ)")
+    layer.load_factors(A[:rank], B[:, :rank], where)
+    state[key_A], state[key_B] = A[:rank], B[:, :rank]
+
+
+class GuardedModelMixin:
+    """What a guarded PeftModel does otherwise than a plain one: saving, loading, unloading."""
+
+    guard_plan: GuardPlan
+
+    def guarded_layers(self) -> dict[str, GuardedLinear]:
+        """Name in the base model -> layer."""
+        base = self.get_base_model()  # type: ignore[attr-defined]
+        return {name: m for name, m in base.named_modules() if isinstance(m, GuardedLinear)}
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the plain rank-2r LoRA of :func:`guardspace_kernels.export_lora`, which any PEFT loads onto the
+        untouched base model, and beside it ``guardspace.safetensors``, from which training resumes exactly."""
+        (adapter,) = self.peft_config  # type: ignore[attr-defined]
+        if selected_adapters not in (None, [adapter]):
+            raise ValueError(f"selected_adapters must be [{adapter!r}], the only adapter, got {selected_adapters}")
+        if not safe_serialization:
+            raise ValueError("a guarded adapter is saved as safetensors; leave safe_serialization on")
+        if not is_main_process:
+            return
+        layers = self.guarded_layers()
+        tensors = {f"{name}.{key}": t for name, m in layers.items() for key, t in (("A", m.A), ("B", m.B))}
+        path = os.path.join(save_directory, GUARD_FILE)
+        save_tensors(path, _KIND, tensors, {"version": 1, "plan": self.guard_plan.fingerprint})
+        export_lora(self, save_directory)  # type: ignore[arg-type]
+
+    def load_adapter(
+        self, model_id: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = False, **kwargs: Any
+    ) -> _IncompatibleKeys:
+        """Restores what :meth:`save_pretrained` wrote, exactly.
+
+        Raises:
+            FileNotFoundError: not a folder written by a guarded model. ValueError: saved under another plan, altered,
+                or acting outside the null space; nothing is loaded then.
+        """
+        (adapter,) = self.peft_config  # type: ignore[attr-defined]
+        if adapter_name != adapter:
+            raise ValueError(f"a guarded model has one adapter, {adapter!r}; load into it, not into {adapter_name!r}")
+        guard_path = os.path.join(model_id, GUARD_FILE)
+        if not os.path.isfile(guard_path):
+            raise FileNotFoundError(
+                f"{os.fspath(model_id)} has no {GUARD_FILE}: not a folder saved by a guarded model. A plain LoRA is "
+                "not confined to the null space and is not loaded into one; use peft.PeftModel.from_pretrained for it"
+            )
+        tensors, header = load_tensors(guard_path, _KIND)
+        if header["plan"] != self.guard_plan.fingerprint:
+            raise ValueError(
+                f"{os.fspath(model_id)} was saved under another plan; attach the plan it was trained with (plan.save)"
+            )
+        from safetensors.torch import load_file
+
+        exported = load_file(os.path.join(model_id, ADAPTER_WEIGHTS))
+        layers = self.guarded_layers()
+        for name, layer in layers.items():
+            self._check_saved(name, layer, tensors, exported)
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer.A.copy_(tensors[f"{name}.A"])
+                layer.B.copy_(tensors[f"{name}.B"])
+                if layer.step_mode and layer.projector is not None:
+                    layer.projector.project_(layer.A)
+        if not is_trainable:
+            self.eval()  # type: ignore[attr-defined]
+        return _IncompatibleKeys([], [])
+
+    @staticmethod
+    def _check_saved(
+        name: str, layer: GuardedLinear, tensors: dict[str, torch.Tensor], exported: dict[str, torch.Tensor]
+    ) -> None:
+        wanted = {"A": f"{name}.A", "B": f"{name}.B"}
+        plain = {"A": peft_key(name, "lora_A"), "B": peft_key(name, "lora_B")}
+        if any(key not in tensors for key in wanted.values()) or any(key not in exported for key in plain.values()):
+            raise ValueError(f"layer {name}: the saved adapter does not cover it")
+        A, B = tensors[wanted["A"]], tensors[wanted["B"]]
+        rank = layer.A.shape[0]
+        A_P, scaled_B = exported[plain["A"]][:rank], exported[plain["B"]][:, :rank]
+        layer.load_factors(A_P, B, f"layer {name}")
+        if A.shape != layer.A.shape or not torch.isfinite(A).all():
+            raise ValueError(f"layer {name}: the saved A has shape {tuple(A.shape)} or non-finite values")
+        folded = A.to(layer.A.device, torch.float32, copy=True)
+        if layer.projector is not None:
+            layer.projector.project_(folded)
+        for ours, theirs in ((folded, A_P), (layer.scale * B, scaled_B)):
+            if (ours.cpu() - theirs.float()).norm() > 1e-4 * ours.norm():
+                raise ValueError(f"layer {name}: {GUARD_FILE} and {ADAPTER_WEIGHTS} disagree; one of them was altered")
+
+    def add_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            f"a guarded model takes no second adapter ({adapter_name!r}): it would not be confined to the null space"
+        )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            "a guarded model is built from its plan: attach_guard(model, GuardPlan.load(path)).load_adapter(folder). "
+            "To use a saved adapter without training on, peft.PeftModel.from_pretrained(model, folder) gives the same"
+        )
+
+    def unload(self) -> nn.Module:
+        """The base model without the adapter, its weights restored where ``residual="frozen"`` changed them."""
+        for layer in self.guarded_layers().values():
+            layer.restore_base()
+        return self.base_model.unload()  # type: ignore[attr-defined]
+
+
+class GuardedPeftModel(GuardedModelMixin, PeftModel):
+    """A guarded :class:`peft.PeftModel`."""
+
+
+class GuardedPeftModelForCausalLM(GuardedModelMixin, PeftModelForCausalLM):
+    """A guarded :class:`peft.PeftModelForCausalLM`."""
+
+
+def attach_guard(
+    model: nn.Module, plan: GuardPlan, *, residual: str = "virtual", adapter_name: str = "default"
+) -> GuardedPeftModel | GuardedPeftModelForCausalLM:
+    """Gives the model an adapter that cannot change what the plan protects; any trainer trains it, no hook needed.
+
+    ``y = x W_resᵀ + s·x (A P)ᵀ Bᵀ + b`` with ``W_res = W − s·B₀A₀P``, A = A₀P and B = B₀: at the start the output is
+    the base model's. Exact under any optimiser, because ``A P`` is formed in every forward. Biases stay frozen.
+
+    Args:
+        model: the base model of the plan, or a copy of it; its linear layers are wrapped in place, as PEFT does.
+        plan: of :func:`plan_guard`.
+        residual: "virtual" never touches W (``y = W x + [sB | −sB₀]([A P; A₀P] x)``); "frozen" writes W_res into it
+            and saves the extra rank, but rounds W to its dtype.
+        adapter_name: PEFT's name of the adapter.
+
+    Returns:
+        A ``peft.PeftModel`` (``PeftModelForCausalLM`` for a model that generates) with ``lora_A`` and ``lora_B`` in
+        float32, unless the model is in float64.
+
+    Raises:
+        TypeError: the model has adapters already. ValueError: the plan is of another model, or ``residual`` is unknown.
+
+    Source: GuardSpace (arXiv 2510.14301).
+    """
+    if residual not in RESIDUALS:
+        raise ValueError(f"residual must be one of {RESIDUALS}, got {residual!r}")
+    guards = dict(layer_guards(model, plan))
+    modules = {name: model.get_submodule(name) for name in guards}
+    transposed = any(is_conv1d(module) for module in modules.values())
+    causal = hasattr(model, "prepare_inputs_for_generation")
+    config = LoraConfig(
+        r=plan.config.rank,
+        lora_alpha=plan.config.scale * plan.config.rank,
+        target_modules=list(guards),
+        lora_dropout=plan.config.dropout,
+        init_lora_weights=False,
+        fan_in_fan_out=transposed,
+        task_type="CAUSAL_LM" if causal else None,
+    )
+    config._register_custom_module({type(module): GuardedLinear for module in modules.values()})
+    cls = GuardedPeftModelForCausalLM if causal else GuardedPeftModel
+    guarded = cls(model, config, adapter_name=adapter_name)
+    guarded.guard_plan = plan
+    projectors: dict[int, NullSpaceProjector] = {}
+    layers = guarded.guarded_layers()
+    if set(layers) != set(guards):
+        raise ValueError(f"PEFT adapted other layers than planned: {sorted(set(layers) ^ set(guards))[:3]}")
+    for name, guard in guards.items():
+        projector = None
+        if guard.basis is not None:
+            # One module for all layers that read the same tensor, so that moving the model keeps one basis.
+            device = layers[name].get_base_layer().weight.device
+            projector = projectors.setdefault(
+                id(guard.basis), NullSpaceProjector(guard.basis.to(device), guard.complement, persistent=False)
+            )
+        layers[name].install_guard(adapter_name, guard, projector, residual)
+    return guarded

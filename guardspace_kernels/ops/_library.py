@@ -1,0 +1,93 @@
+"""The ``guardspace`` op namespace and the checks that all ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("guardspace", "DEF")
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Defines an op whose ``kernel`` serves every device and whose ``fake`` gives shapes only."""
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"guardspace::{name}", fake, lib=LIBRARY)
+
+
+def forbid_grad(op: str, overload: Any) -> Callable[..., None]:
+    """An Autograd kernel for an in-place op without a derivative.
+
+    It raises if a tensor that would be written requires grad in grad mode: autograd would not see the write.
+    """
+
+    def kernel(target: Any, *args: Any) -> None:
+        tensors = target if isinstance(target, (list, tuple)) else [target]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise RuntimeError(
+                f"{op}: the tensor to be written requires grad, and this in-place op has no derivative; "
+                "call it under torch.no_grad(), or on .grad / .data / .detach()"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            overload(target, *args)
+
+    return kernel
+
+
+def shape(t: torch.Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def require_float(op: str, **tensors: torch.Tensor) -> None:
+    for name, t in tensors.items():
+        if t.dtype not in FLOATS:
+            raise TypeError(
+                f"{op}: {name} must be float64, float32, float16 or bfloat16, got {t.dtype} of shape {shape(t)}"
+            )
+
+
+def require_same_device(op: str, first: str, reference: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and t.device != reference.device:
+            raise ValueError(
+                f"{op}: {name} is on {t.device} but {first} is on {reference.device}; move them to one device"
+            )
+
+
+def require_basis(op: str, basis: torch.Tensor, d: int, owner: str) -> None:
+    """A thin orthonormal basis is (d, k) with k <= d."""
+    require_float(op, basis=basis)
+    if basis.dim() != 2 or basis.shape[0] != d or basis.shape[1] > d:
+        raise ValueError(
+            f"{op}: basis must be (d, k) with d = {d} (the last dimension of {owner}) and k <= d, "
+            f"got shape {shape(basis)}"
+        )
+
+
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The widest of the dtypes, at least float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+@contextmanager
+def full_float32_products() -> Iterator[None]:
+    """Matrix products of float32 inputs with float32 multiplications.
+
+    Trainers often allow TF32 or bf16 products (``torch.set_float32_matmul_precision``); their rounding, 2e-4 of the
+    largest entry, would hide the null space of a covariance, whose threshold lies below 1e-6.
+    """
+    previous = torch.get_float32_matmul_precision()
+    if previous == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(previous)

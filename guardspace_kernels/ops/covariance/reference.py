@@ -1,0 +1,21 @@
+"""Covariance accumulation in plain PyTorch: the oracle."""
+
+from __future__ import annotations
+
+import torch
+
+from guardspace_kernels.ops._library import compute_dtype, full_float32_products
+
+
+def covariance_update_(covariance: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
+    rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x.dtype, covariance.dtype))
+    if mask is not None:
+        # where, not a product: 0 * NaN would poison the sum.
+        rows = torch.where(mask.reshape(-1, 1).bool(), rows, rows.new_zeros(()))
+    with full_float32_products():
+        product = rows.T @ rows
+    covariance.add_(product.tril_(), alpha=scale)
+
+
+def symmetrize_(covariance: torch.Tensor) -> None:
+    covariance.copy_(covariance.tril() + covariance.tril(-1).T)

@@ -1,0 +1,20 @@
+"""Null-space projection in plain PyTorch: the oracle."""
+
+from __future__ import annotations
+
+import torch
+
+from guardspace_kernels.ops._library import compute_dtype, full_float32_products
+
+
+def project(g: torch.Tensor, basis: torch.Tensor, complement: bool) -> torch.Tensor:
+    """``g P`` in the wider of the two dtypes, at least float32: (..., d) with P never formed."""
+    dtype = compute_dtype(g.dtype, basis.dtype)
+    g, basis = g.to(dtype), basis.to(dtype)
+    with full_float32_products():
+        onto_basis = (g @ basis) @ basis.T
+    return g - onto_basis if complement else onto_basis
+
+
+def null_project_(g: torch.Tensor, basis: torch.Tensor, complement: bool) -> None:
+    g.copy_(project(g, basis, complement))

@@ -1,0 +1,320 @@
+"""Projected LoRA: ``y = x Wᵀ + b + s·drop(x) (A P)ᵀ Bᵀ − s·x (A₀P)ᵀ B₀ᵀ`` and its gradients.
+
+The projector is folded into the small matrix, ``A_P = A P``, in every forward, so P is never applied to a token.
+With ``dh = s·dy B``::
+
+    dx   = dy W + drop'(dh A_P) − s·(dy B₀) A₀P
+    dA   = (dhᵀ drop(x)) P
+    dB   = s·dyᵀ h,   h = drop(x) A_Pᵀ
+
+Backward keeps x, h (..., r) and the (r, d_in) matrix A_P; W, b, the basis and the frozen pair get no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from guardspace_kernels import dispatch
+from guardspace_kernels.ops._library import (
+    LIBRARY,
+    define,
+    require_basis,
+    require_float,
+    require_same_device,
+    shape,
+)
+from guardspace_kernels.ops.projected_lora import reference
+
+__all__ = ["projected_lora"]
+
+_OP = "projected_lora"
+
+dispatch.register(_OP, "reference", forward=reference.forward, backward=reference.backward)
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    basis: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    frozen_A: torch.Tensor | None,
+    frozen_B: torch.Tensor | None,
+    dropout: float,
+    seed: torch.Tensor | None,
+) -> None:
+    require_float(_OP, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B)
+    if weight.dim() != 2:
+        raise ValueError(f"{_OP}: weight must be (d_out, d_in), got shape {shape(weight)}")
+    d_out, d_in = weight.shape
+    if x.dim() < 1 or x.shape[-1] != d_in:
+        raise ValueError(f"{_OP}: x must be (..., d_in) with d_in = {d_in} (weight is {shape(weight)}), got {shape(x)}")
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise TypeError(
+            f"{_OP}: x, weight and bias must share one dtype (x is never cast), got x {x.dtype}, weight "
+            f"{weight.dtype}" + (f", bias {bias.dtype}" if bias is not None else "")
+        )
+    if bias is not None and bias.shape != (d_out,):
+        raise ValueError(f"{_OP}: bias must be (d_out,) = ({d_out},), got shape {shape(bias)}")
+    _check_pair("lora", lora_A, lora_B, d_in, d_out)
+    if basis is not None:
+        require_basis(_OP, basis, d_in, "x")
+    if (frozen_A is None) != (frozen_B is None):
+        raise ValueError(f"{_OP}: frozen_A and frozen_B must be given together, or neither")
+    if frozen_A is not None and frozen_B is not None:
+        require_float(_OP, frozen_A=frozen_A, frozen_B=frozen_B)
+        _check_pair("frozen", frozen_A, frozen_B, d_in, d_out)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{_OP}: dropout must be in [0, 1), got {dropout}")
+    if dropout > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.dim() != 0):
+        raise ValueError(f"{_OP}: dropout > 0 needs seed, a 0-dimensional int64 tensor")
+    require_same_device(
+        _OP, "x", x, weight=weight, lora_A=lora_A, lora_B=lora_B, basis=basis, bias=bias,
+        frozen_A=frozen_A, frozen_B=frozen_B,
+    )  # fmt: skip
+
+
+def _check_pair(kind: str, A: torch.Tensor, B: torch.Tensor, d_in: int, d_out: int) -> None:
+    if A.dim() != 2 or A.shape[1] != d_in or A.shape[0] < 1:
+        raise ValueError(f"{_OP}: {kind}_A must be (r, d_in) with r >= 1 and d_in = {d_in}, got shape {shape(A)}")
+    if B.dim() != 2 or B.shape != (d_out, A.shape[0]):
+        raise ValueError(
+            f"{_OP}: {kind}_B must be (d_out, r) = ({d_out}, {A.shape[0]}) ({kind}_A is {shape(A)}), got {shape(B)}"
+        )
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    basis: torch.Tensor | None,
+    complement: bool,
+    scale: float,
+    bias: torch.Tensor | None,
+    frozen_A: torch.Tensor | None,
+    frozen_B: torch.Tensor | None,
+    dropout: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check(x, weight, lora_A, lora_B, basis, bias, frozen_A, frozen_B, dropout, seed)
+    run = dispatch.resolve(_OP, "forward", x, weight, lora_A, lora_B, basis)
+    return run(x, weight, lora_A, lora_B, basis, complement, scale, bias, frozen_A, frozen_B, dropout, seed)
+
+
+def _forward_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    basis: torch.Tensor | None,
+    complement: bool,
+    scale: float,
+    bias: torch.Tensor | None,
+    frozen_A: torch.Tensor | None,
+    frozen_B: torch.Tensor | None,
+    dropout: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check(x, weight, lora_A, lora_B, basis, bias, frozen_A, frozen_B, dropout, seed)
+    tokens = x.shape[:-1]
+    return (
+        x.new_empty((*tokens, weight.shape[0])),
+        x.new_empty((*tokens, lora_A.shape[0])),
+        x.new_empty(lora_A.shape),
+    )
+
+
+def _backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    A_P: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    basis: torch.Tensor | None,
+    complement: bool,
+    scale: float,
+    frozen_A: torch.Tensor | None,
+    frozen_B: torch.Tensor | None,
+    dropout: float,
+    seed: torch.Tensor | None,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    run = dispatch.resolve(_OP, "backward", x, weight, lora_A, lora_B, basis)
+    return run(
+        dy, x, h, A_P, weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed, needs
+    )
+
+
+def _backward_fake(
+    dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A_P: torch.Tensor, weight: torch.Tensor,
+    lora_A: torch.Tensor, lora_B: torch.Tensor, *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    needs_x, needs_A, needs_B = rest[-1]
+    nothing = dy.new_empty(0)
+    return (
+        x.new_empty(x.shape) if needs_x else nothing,
+        lora_A.new_empty(lora_A.shape) if needs_A else nothing.clone(),
+        lora_B.new_empty(lora_B.shape) if needs_B else nothing.clone(),
+    )
+
+
+_TAIL = "Tensor? frozen_A, Tensor? frozen_B, float dropout, Tensor? seed"
+define(
+    "projected_lora_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? basis, bool complement, "
+    f"float scale, Tensor? bias, {_TAIL}) -> (Tensor y, Tensor h, Tensor A_P)",
+    _forward,
+    _forward_fake,
+)
+define(
+    "projected_lora_backward(Tensor dy, Tensor x, Tensor h, Tensor A_P, Tensor weight, Tensor lora_A, Tensor lora_B, "
+    f"Tensor? basis, bool complement, float scale, {_TAIL}, bool[] needs) -> (Tensor dx, Tensor dA, Tensor dB)",
+    _backward,
+    _backward_fake,
+)
+_forward_op = torch.ops.guardspace.projected_lora_forward.default
+_backward_op = torch.ops.guardspace.projected_lora_backward.default
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, weight, lora_A, lora_B, basis, complement, scale, _bias, frozen_A, frozen_B, dropout, seed = inputs
+    _y, h, A_P = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(h, A_P)
+    ctx.save_for_backward(x, h, A_P, weight, lora_A, lora_B, basis, frozen_A, frozen_B, seed)
+    ctx.complement, ctx.scale, ctx.dropout = complement, scale, dropout
+
+
+def _autograd_backward(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    nothing = (None,) * 12
+    if dy is None:
+        return nothing
+    x, h, A_P, weight, lora_A, lora_B, basis, frozen_A, frozen_B, seed = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
+    dx, dA, dB = _backward_op(
+        dy, x, h, A_P, weight, lora_A, lora_B, basis, ctx.complement, ctx.scale, frozen_A, frozen_B,
+        ctx.dropout, seed, needs,
+    )  # fmt: skip
+    return (dx if needs[0] else None, None, dA if needs[1] else None, dB if needs[2] else None, *nothing[4:])
+
+
+def _no_double_backward(*_: Any) -> None:
+    raise RuntimeError(f"{_OP} cannot be differentiated twice (create_graph=True is not supported)")
+
+
+torch.library.register_autograd(
+    "guardspace::projected_lora_forward", _autograd_backward, setup_context=_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "guardspace::projected_lora_backward", _no_double_backward, setup_context=lambda *_, **__: None, lib=LIBRARY
+)
+
+
+def _composite(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    basis: torch.Tensor | None = None,
+    complement: bool = True,
+    scale: float = 1.0,
+    bias: torch.Tensor | None = None,
+    frozen_A: torch.Tensor | None = None,
+    frozen_B: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    y, _h, _A_P = _forward_op(
+        x, weight, lora_A, lora_B, basis, complement, scale, bias, frozen_A, frozen_B, dropout, seed
+    )
+    return y
+
+
+LIBRARY.define(
+    "projected_lora(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? basis=None, bool complement=True, "
+    "float scale=1.0, Tensor? bias=None, Tensor? frozen_A=None, Tensor? frozen_B=None, float dropout=0.0, "
+    "Tensor? seed=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.impl("projected_lora", _composite, "CompositeImplicitAutograd")
+_op = torch.ops.guardspace.projected_lora.default
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    """Autocast casts what a linear layer would cast: x, weight and bias. The fold A P stays in float32."""
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        arguments = list(rest)
+        if x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device_type)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias_index = 5
+            if len(arguments) > bias_index and arguments[bias_index] is not None:
+                arguments[bias_index] = arguments[bias_index].to(dtype)
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return _op(x, weight, *arguments)
+
+    LIBRARY.impl("projected_lora", kernel, key)
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
+
+
+def projected_lora(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    basis: torch.Tensor | None = None,
+    complement: bool = True,
+    scale: float = 1.0,
+    bias: torch.Tensor | None = None,
+    frozen_A: torch.Tensor | None = None,
+    frozen_B: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A frozen linear layer plus a LoRA adapter that cannot act outside the null space.
+
+    ``y = x Wᵀ + b + s·drop(x) (A P)ᵀ Bᵀ − s·x (A₀P)ᵀ B₀ᵀ``, with ``P = I − Q Qᵀ`` (``complement=True``, basis = Q,
+    the protected directions) or ``P = N Nᵀ`` (``complement=False``, basis = N); without a basis P = I and this is
+    plain LoRA. ``A P`` is formed in at least float32 in every call, 4·r·d_in·k FLOPs, and rounded once to x's dtype.
+
+    Gradients flow to x, lora_A and lora_B; weight, bias, basis and the frozen pair get none. For backward the op keeps
+    x, an (..., r) activation and the (r, d_in) matrix A P. The result cannot be differentiated twice.
+
+    Args:
+        x: (..., d_in), any strides, may be empty; never cast (under autocast it is, as for any linear layer).
+        weight: (d_out, d_in) in the dtype of x; any strides, so a transposed Conv1D weight is passed as a view.
+        lora_A, lora_B: (r, d_in) and (d_out, r), any float dtype (float32 beside a bfloat16 x is the usual case).
+        basis: (d_in, k) with orthonormal columns, any float dtype.
+        complement: whether ``basis`` spans the protected directions (True) or the null space (False).
+        scale: PEFT's scaling s.
+        bias: (d_out,) in the dtype of x.
+        frozen_A, frozen_B: A₀P (r₀, d_in) and B₀ (d_out, r₀): the virtual residual, W_res = W − s·B₀A₀P without a
+            write to W. Dropout does not apply to it.
+        dropout: probability in [0, 1) of zeroing an entry of the adapter's input.
+        seed: int or 0-dimensional int64 tensor that determines the dropout mask; drawn from torch's default CPU
+            generator if absent. A tensor keeps ``torch.compile`` from specialising on its value.
+
+    Returns:
+        y (..., d_out) in the dtype of x.
+
+    Raises:
+        TypeError: dtypes of x, weight and bias differ or are not floating. ValueError: a shape, device or dropout
+            that does not fit. RuntimeError: second derivatives are asked for.
+
+    Source: GuardSpace (arXiv 2510.14301), with the projector folded into A: (x P) Aᵀ = x (A P)ᵀ.
+    """
+    if dropout > 0.0 and seed is None:
+        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+    elif isinstance(seed, int):
+        seed = torch.tensor(seed, dtype=torch.int64)
+    return _op(x, weight, lora_A, lora_B, basis, complement, scale, bias, frozen_A, frozen_B, dropout, seed)

@@ -1,0 +1,83 @@
+"""Projected LoRA in plain PyTorch: the oracle. P is folded into A and never meets a token."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from guardspace_kernels.ops._library import compute_dtype
+from guardspace_kernels.ops.null_projection.reference import project
+
+
+def fold(lora_A: torch.Tensor, basis: torch.Tensor | None, complement: bool) -> torch.Tensor:
+    """``A_P = A P`` (r, d_in), at least float32; a tensor of its own even without a basis."""
+    if basis is None:
+        return lora_A.to(compute_dtype(lora_A.dtype), copy=True)
+    return project(lora_A, basis, complement)
+
+
+def dropped(x: torch.Tensor, dropout: float, seed: torch.Tensor | None) -> torch.Tensor:
+    """Dropout whose mask is a function of the seed alone, so that backward rebuilds it instead of storing it."""
+    if dropout == 0.0 or seed is None:
+        return x
+    generator = torch.Generator(device=x.device).manual_seed(int(seed.item()))
+    keep = torch.rand(x.shape, generator=generator, device=x.device) >= dropout
+    return torch.where(keep, x / (1.0 - dropout), x.new_zeros(()))
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    basis: torch.Tensor | None,
+    complement: bool,
+    scale: float,
+    bias: torch.Tensor | None,
+    frozen_A: torch.Tensor | None,
+    frozen_B: torch.Tensor | None,
+    dropout: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, h, A_P) with h = drop(x) A_Pᵀ of shape (..., r) and A_P in the dtype of x."""
+    A_P = fold(lora_A, basis, complement).to(x.dtype)
+    h = F.linear(dropped(x, dropout, seed), A_P)
+    y = F.linear(x, weight, bias) + F.linear(h, lora_B.to(x.dtype)) * scale
+    if frozen_A is not None and frozen_B is not None:
+        y = y - F.linear(F.linear(x, frozen_A.to(x.dtype)), frozen_B.to(x.dtype)) * scale
+    return y, h, A_P
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    A_P: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    basis: torch.Tensor | None,
+    complement: bool,
+    scale: float,
+    frozen_A: torch.Tensor | None,
+    frozen_B: torch.Tensor | None,
+    dropout: float,
+    seed: torch.Tensor | None,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, dA, dB); an empty tensor for each that ``needs`` = [x, A, B] does not ask for."""
+    needs_x, needs_A, needs_B = needs
+    dx = dA = dB = dy.new_empty(0)
+    dh = (dy @ lora_B.to(x.dtype)) * scale
+    if needs_x:
+        # dropout's derivative is the same mask and factor applied to the gradient.
+        dx = dy @ weight + dropped(dh @ A_P, dropout, seed)
+        if frozen_A is not None and frozen_B is not None:
+            dx = dx - ((dy @ frozen_B.to(x.dtype)) @ frozen_A.to(x.dtype)) * scale
+    if needs_A:
+        rows = dropped(x, dropout, seed)
+        dA_P = dh.reshape(-1, dh.shape[-1]).T @ rows.reshape(-1, rows.shape[-1])
+        dA = fold(dA_P, basis, complement).to(lora_A.dtype)
+    if needs_B:
+        dB = ((dy.reshape(-1, dy.shape[-1]).T @ h.reshape(-1, h.shape[-1])) * scale).to(lora_B.dtype)
+    return dx, dA, dB
