@@ -6,8 +6,10 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,8 +20,11 @@ from guardspace_kernels.guard.layers import ModelFingerprint, find_layers, linea
 from guardspace_kernels.guard.null_space import RULES, EmptyNullSpaceError, NullSpace, null_space
 from guardspace_kernels.guard.safety_subspace import INITS, starting_factors, trailing_subspace
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
+from guardspace_kernels.ops import null_project_
 
 _KIND = "guard plan"
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -214,7 +219,7 @@ def _space_for(entry: InputStatistics, config: GuardConfig) -> NullSpace:
     if not torch.isfinite(entry.sinks).all():
         raise ValueError(f"layer {layer}: the statistics hold non-finite values; collect them again")
     try:
-        return null_space(
+        space = null_space(
             entry.covariance,
             entry.sinks,
             rule=config.rule,
@@ -232,6 +237,8 @@ def _space_for(entry: InputStatistics, config: GuardConfig) -> NullSpace:
         ) from error
     except ValueError as error:
         raise ValueError(f"layer {layer}: {error}; collect the statistics again") from error
+    space.basis = space.basis.float().cpu()
+    return space
 
 
 def _space_warnings(entry: InputStatistics, space: NullSpace, rank: int) -> list[str]:
@@ -279,36 +286,40 @@ def plan_guard(
 
     used = [entry for entry in stats.inputs if any(name in names for name in entry.layers)]
     index_of = {name: i for i, entry in enumerate(used) for name in entry.layers}
-    spaces: list[NullSpace | None] = []
-    space_warnings: list[list[str]] = []
-    layers: dict[str, LayerPlan] = {}
-    generator = torch.Generator().manual_seed(config.seed)
+
+    def solve_space(entry: InputStatistics) -> NullSpace | None:
+        return _space_for(entry, config) if config.projector else None
+
+    def solve_layer(name: str) -> LayerPlan:
+        index = index_of[name]
+        return _plan_layer(name, model.get_submodule(name), used[index], index, spaces[index], config)
+
     with tqdm(total=len(used) + len(names), desc="plan", unit="solve", disable=not progress) as bar:
-        for entry in used:
-            space = _space_for(entry, config) if config.projector else None
-            if space is not None:
-                space.basis = space.basis.float().cpu()
-            spaces.append(space)
-            space_warnings.append([] if space is None else _space_warnings(entry, space, config.rank))
-            bar.update()
-        for name in names:
-            layers[name] = _plan_layer(
-                name, model.get_submodule(name), used[index_of[name]], spaces[index_of[name]], config, generator
-            )
-            layers[name].space = index_of[name]
-            layers[name].warnings[:0] = space_warnings[index_of[name]]
-            bar.update()
+        spaces = _in_parallel(solve_space, used, bar)
+        layers = dict(zip(names, _in_parallel(solve_layer, names, bar), strict=True))
     fingerprint = ModelFingerprint(stats.fingerprint.model, {n: stats.fingerprint.layers[n] for n in names})
     return GuardPlan(config, layers, spaces, fingerprint)
 
 
+def _in_parallel(solve: Callable[[_Item], _Result], items: Sequence[_Item], bar: Any) -> list[_Result]:
+    """Results in the order of ``items``, one single-threaded solve per core: LAPACK gains little from threads here."""
+
+    def solve_one(item: _Item) -> _Result:
+        result = solve(item)
+        bar.update()
+        return result
+
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = [pool.submit(solve_one, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def _plan_layer(
-    name: str,
-    module: nn.Module,
-    entry: InputStatistics,
-    space: NullSpace | None,
-    config: GuardConfig,
-    generator: torch.Generator,
+    name: str, module: nn.Module, entry: InputStatistics, index: int, space: NullSpace | None, config: GuardConfig
 ) -> LayerPlan:
     weight = linear_weight(module).detach()
     d_out, d_in = weight.shape
@@ -321,10 +332,12 @@ def _plan_layer(
         raise ValueError(
             f"layer {name}: its statistics are {tuple(entry.covariance.shape)} but it reads {d_in} features"
         )
-    warnings = []
+    warnings = [] if space is None else _space_warnings(entry, space, config.rank)
     if config.init == "zero":
-        bound = 1.0 / math.sqrt(d_in)
-        A0 = (torch.rand(config.rank, d_in, generator=generator, dtype=torch.float64) * 2 - 1) * bound
+        # Seeded by the layer's name, so that the result does not depend on the order of the solves.
+        seed = int.from_bytes(hashlib.sha256(f"{config.seed} {name}".encode()).digest()[:7], "big")
+        uniform = torch.rand(config.rank, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        A0 = (2.0 * uniform - 1.0) / math.sqrt(d_in)
         B0 = torch.zeros(d_out, config.rank, dtype=torch.float64)
     else:
         U, sigma = trailing_subspace(weight, entry.covariance.to(weight.device), config.rank, config.damping)
@@ -333,7 +346,5 @@ def _plan_layer(
             warnings.append(f"{dead} of {config.rank} starting directions carry no weight and start at zero")
         A0, B0 = A0.cpu(), B0.cpu()
     if space is not None:
-        basis = space.basis.double()
-        onto_basis = (A0 @ basis) @ basis.T
-        A0 = A0 - onto_basis if space.complement else onto_basis
-    return LayerPlan(name, (d_out, d_in), A0.float(), B0.float().contiguous(), -1, warnings)
+        null_project_(A0, space.basis, space.complement)
+    return LayerPlan(name, (d_out, d_in), A0.float(), B0.float().contiguous(), index, warnings)

@@ -12,8 +12,8 @@ def trailing_subspace(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``rank`` smallest singular values of ``W C_d`` and their left singular vectors.
 
-    ``C_d = C + δ·mean(diag C)·I``; a thin SVD in float64, so the vectors are orthonormal and none of them lies
-    outside the range of a tall W.
+    ``C_d = C + δ·mean(diag C)·I``; a thin SVD in float64 of the triangle of ``W C_d``, so the vectors are orthonormal
+    and none of them lies outside the range of a tall W.
 
     Args:
         weight: (d_out, d_in). covariance: (d_in, d_in), symmetric. rank: 1 to min(d_out, d_in). damping: δ.
@@ -29,8 +29,13 @@ def trailing_subspace(
         raise ValueError(f"rank must be from 1 to min(d_out, d_in) = {min(d_out, d_in)}, got {rank}")
     C = covariance.double()
     M = weight.double() @ C + damping * C.diagonal().mean() * weight.double()
-    U, sigma, _ = torch.linalg.svd(M, full_matrices=False)
-    return U[:, -rank:].contiguous(), sigma[-rank:]
+    if d_out < d_in:
+        # Mᵀ = Q R: the left singular vectors of M are the right ones of R.
+        _, sigma, Vh = torch.linalg.svd(torch.linalg.qr(M.T, mode="r").R)
+        return Vh.T[:, -rank:].contiguous(), sigma[-rank:]
+    Q, R = torch.linalg.qr(M)
+    U, sigma, _ = torch.linalg.svd(R)
+    return Q @ U[:, -rank:], sigma[-rank:]
 
 
 def starting_factors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ class GuardedLinear(LoraLinear):
             A.copy_(guard.A0)
             B.copy_(guard.B0)
         self.adapter = adapter
+        # PEFT gives every layer the configuration's value, whichever of Linear and Conv1D it is.
+        self.fan_in_fan_out = is_conv1d(self.get_base_layer())
         self.projector = projector
         self.step_mode = False
         self.weight_is_residual = guard.frozen and residual == "frozen"
@@ -59,9 +62,19 @@ class GuardedLinear(LoraLinear):
         self.register_state_dict_post_hook(_to_plain_lora)
         self.register_load_state_dict_pre_hook(_from_plain_lora)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy is in no optimiser's hands: its parameters lost the hooks that step mode relies on.
+        self.step_mode = False
+
     @property
     def guarded(self) -> bool:
         return hasattr(self, "adapter")
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if self.guarded:
+            raise _second_adapter(adapter_name)
+        super().update_layer(adapter_name, *args, **kwargs)
 
     @property
     def A(self) -> nn.Parameter:
@@ -85,16 +98,17 @@ class GuardedLinear(LoraLinear):
     @torch.no_grad()
     def _add_frozen_to_weight(self, sign: float) -> None:
         weight = linear_weight(self.get_base_layer())
-        weight.copy_(weight.float() + sign * self._frozen_delta())
+        weight.copy_(weight + sign * self._frozen_delta())
 
     def _frozen_delta(self) -> torch.Tensor:
         """``s·B₀A₀P`` (d_out, d_in)."""
         A, B = self.frozen_factors
-        return self.scale * (B.float() @ A.float())
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        return self.scale * (B.to(dtype) @ A.to(dtype))
 
     def restore_base(self) -> None:
         """Puts B₀A₀P back into the weight where ``residual="frozen"`` took it out (up to rounding)."""
-        if self.weight_is_residual:
+        if self.weight_is_residual and not self.merged:
             self._add_frozen_to_weight(1.0)
             self.weight_is_residual = False
 
@@ -122,7 +136,7 @@ class GuardedLinear(LoraLinear):
     def base_weight(self) -> torch.Tensor:
         """The weight W of the base model (d_out, d_in), also where the layer holds W_res."""
         weight = linear_weight(self.get_base_layer()).detach()
-        return weight.float() + self._frozen_delta() if self.weight_is_residual else weight
+        return weight + self._frozen_delta() if self.weight_is_residual else weight
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What merging adds to the layer's weight; PEFT's merge and unmerge call this."""
@@ -188,14 +202,29 @@ class GuardedLinear(LoraLinear):
             )
 
 
+def _agree(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
+    """Whether the two are equal up to a relative ``tolerance``; False for other shapes and for NaN."""
+    return ours.shape == theirs.shape and bool((ours - theirs.to(ours)).norm() <= tolerance * ours.norm())
+
+
+def _second_adapter(name: str) -> ValueError:
+    return ValueError(f"a guarded model takes no second adapter ({name!r}): it would not be confined to the null space")
+
+
 # What rounding A P to its dtype leaves outside the null space, with a wide margin.
 _LEAK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def _extra_state_key(prefix: str) -> str:
+    return f"{prefix}projector.{nn.modules.module._EXTRA_STATE_KEY_SUFFIX}"
 
 
 def _to_plain_lora(layer: GuardedLinear, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     key_A, key_B = (f"{prefix}{name}.{layer.adapter}.weight" for name in ("lora_A", "lora_B"))
     if key_A not in state or key_B not in state:
         return
+    # The projector is the plan's; plain PEFT has none.
+    state.pop(_extra_state_key(prefix), None)
     F, G = layer.delta_factors()
     state[key_A] = G.to(layer.A.dtype)
     state[key_B] = (F / layer.scale).to(layer.B.dtype)
@@ -203,12 +232,16 @@ def _to_plain_lora(layer: GuardedLinear, state: dict[str, Any], prefix: str, _me
 
 def _from_plain_lora(layer: GuardedLinear, state: dict[str, Any], prefix: str, *_: Any) -> None:
     key_A, key_B = (f"{prefix}{name}.{layer.adapter}.weight" for name in ("lora_A", "lora_B"))
+    if layer.projector is not None:
+        state[_extra_state_key(prefix)] = layer.projector.get_extra_state()
     A, B = state.get(key_A), state.get(key_B)
-    if A is None or B is None:
+    if A is None and B is None:
         return
     rank = layer.A.shape[0]
     rows = rank if layer.frozen_A is None else 2 * rank
     where = prefix.removeprefix("base_model.model.").rstrip(".")
+    if A is None or B is None:
+        raise ValueError(f"{where}: the state holds one of lora_A and lora_B without the other")
     if A.shape[0] != rows or B.dim() != 2 or B.shape[1] != rows:
         raise ValueError(
             f"{where}: a guarded layer's state has {rows} adapter rows, [A P; A0 P], got shapes {tuple(A.shape)} and "
@@ -216,7 +249,7 @@ def _from_plain_lora(layer: GuardedLinear, state: dict[str, Any], prefix: str, *
         )
     if layer.frozen_A is not None and layer.frozen_B is not None:
         for ours, theirs in ((layer.frozen_A, A[rank:]), (layer.frozen_B, -B[:, rank:])):
-            if ours.shape != theirs.shape or (ours - theirs.to(ours)).norm() > 1e-2 * ours.norm():
+            if not _agree(ours, theirs, 1e-2):
                 raise ValueError(f"{where}: the state starts from another plan (its frozen rows differ)")
     layer.load_factors(A[:rank], B[:, :rank], where)
     state[key_A], state[key_B] = A[:rank], B[:, :rank]
@@ -245,15 +278,17 @@ class GuardedModelMixin:
         (adapter,) = self.peft_config  # type: ignore[attr-defined]
         if selected_adapters not in (None, [adapter]):
             raise ValueError(f"selected_adapters must be [{adapter!r}], the only adapter, got {selected_adapters}")
-        if not safe_serialization:
-            raise ValueError("a guarded adapter is saved as safetensors; leave safe_serialization on")
         if not is_main_process:
             return
+        if not safe_serialization:
+            # Not an error: a trainer that asks for it would lose the run at its first checkpoint.
+            warnings.warn("a guarded adapter is always saved as safetensors", stacklevel=2)
         layers = self.guarded_layers()
         tensors = {f"{name}.{key}": t for name, m in layers.items() for key, t in (("A", m.A), ("B", m.B))}
+        # First what may refuse (a merged adapter, a broken invariant), so that a refusal writes nothing.
+        export_lora(self, save_directory)  # type: ignore[arg-type]
         path = os.path.join(save_directory, GUARD_FILE)
         save_tensors(path, _KIND, tensors, {"version": 1, "plan": self.guard_plan.fingerprint})
-        export_lora(self, save_directory)  # type: ignore[arg-type]
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = False, **kwargs: Any
@@ -303,22 +338,23 @@ class GuardedModelMixin:
         if any(key not in tensors for key in wanted.values()) or any(key not in exported for key in plain.values()):
             raise ValueError(f"layer {name}: the saved adapter does not cover it")
         A, B = tensors[wanted["A"]], tensors[wanted["B"]]
-        rank = layer.A.shape[0]
-        A_P, scaled_B = exported[plain["A"]][:rank], exported[plain["B"]][:, :rank]
-        layer.load_factors(A_P, B, f"layer {name}")
+        A_P, scaled_B = exported[plain["A"]], exported[plain["B"]]
+        layer.load_factors(A_P[: layer.A.shape[0]], B, f"layer {name}")
         if A.shape != layer.A.shape or not torch.isfinite(A).all():
             raise ValueError(f"layer {name}: the saved A has shape {tuple(A.shape)} or non-finite values")
-        folded = A.to(layer.A.device, torch.float32, copy=True)
-        if layer.projector is not None:
-            layer.projector.project_(folded)
-        for ours, theirs in ((folded, A_P), (layer.scale * B, scaled_B)):
-            if (ours.cpu() - theirs.float()).norm() > 1e-4 * ours.norm():
-                raise ValueError(f"layer {name}: {GUARD_FILE} and {ADAPTER_WEIGHTS} disagree; one of them was altered")
+        device = layer.A.device
+        F, G = delta_factors(
+            A.to(device), B.to(device), layer.projector, layer.scale, layer.frozen_A, layer.frozen_B
+        )  # fmt: skip
+        tolerance = max(1e-4, _LEAK_TOLERANCE[A_P.dtype])
+        if not (_agree(G, A_P, tolerance) and _agree(F, scaled_B, tolerance)):
+            raise ValueError(f"layer {name}: {GUARD_FILE} and {ADAPTER_WEIGHTS} disagree; one of them was altered")
 
     def add_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            f"a guarded model takes no second adapter ({adapter_name!r}): it would not be confined to the null space"
-        )
+        raise _second_adapter(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        raise ValueError("a guarded model keeps its only adapter; model.unload() returns the base model without it")
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ class GuardCallback(TrainerCallback):
         self._guard: OptimizerGuard | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_train_end(args, state, control)  # an interrupted run left its guard on
         self._guard = guard_optimizer(kwargs["optimizer"], kwargs["model"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
