@@ -15,8 +15,8 @@ help:
 	@echo "make install  only create $(VENV), which the others do when needed (TORCH_INDEX=url: take torch from there)"
 	@echo "make clean    remove $(VENV), caches and build products"
 
-# PyPI's torch for Linux is a CUDA build of several GB. Without an NVIDIA driver, look for the CPU build on PyTorch's own
-# index too, provided that it answers at once; a local version (2.x.y+cpu) wins over the same version from PyPI.
+# PyPI's torch for Linux is a CUDA build of several GB. Without an NVIDIA driver, look for the CPU build on PyTorch's
+# own index too, provided that it answers; there a local version (2.x.y+cpu) wins over PyPI's 2.x.y.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@index="$(TORCH_INDEX)"; \

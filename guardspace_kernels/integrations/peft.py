@@ -275,7 +275,7 @@ class GuardedModelMixin:
     ) -> None:
         """Writes the plain rank-2r LoRA of :func:`guardspace_kernels.export_lora`, which any PEFT loads onto the
         untouched base model, and beside it ``guardspace.safetensors``, from which training resumes exactly."""
-        (adapter,) = self.peft_config  # type: ignore[attr-defined]
+        adapter = self.active_adapter  # type: ignore[attr-defined]
         if selected_adapters not in (None, [adapter]):
             raise ValueError(f"selected_adapters must be [{adapter!r}], the only adapter, got {selected_adapters}")
         if not is_main_process:
@@ -299,7 +299,7 @@ class GuardedModelMixin:
             FileNotFoundError: not a folder written by a guarded model. ValueError: saved under another plan, altered,
                 or acting outside the null space; nothing is loaded then.
         """
-        (adapter,) = self.peft_config  # type: ignore[attr-defined]
+        adapter = self.active_adapter  # type: ignore[attr-defined]
         if adapter_name != adapter:
             raise ValueError(f"a guarded model has one adapter, {adapter!r}; load into it, not into {adapter_name!r}")
         guard_path = os.path.join(model_id, GUARD_FILE)

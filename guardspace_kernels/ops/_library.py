@@ -10,14 +10,24 @@ import torch
 
 LIBRARY = torch.library.Library("guardspace", "DEF")
 
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Defines an op whose ``kernel`` serves every device and whose ``fake`` gives shapes only."""
     name = schema[: schema.index("(")]
+
+    def outside_autocast(*args: Any) -> Any:
+        # Without the guard the products inside a kernel would be autocast, whatever dtype it asks for.
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
+            return kernel(*args)
+
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, outside_autocast, "CompositeExplicitAutograd")
     torch.library.register_fake(f"guardspace::{name}", fake, lib=LIBRARY)
 
 

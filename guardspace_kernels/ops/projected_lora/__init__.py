@@ -18,6 +18,7 @@ import torch
 
 from guardspace_kernels import dispatch
 from guardspace_kernels.ops._library import (
+    AUTOCAST,
     LIBRARY,
     define,
     require_basis,
@@ -247,7 +248,6 @@ _op = torch.ops.guardspace.projected_lora.default
 
 def _register_autocast(device_type: str, key: str) -> None:
     """Autocast casts what a linear layer would cast: x, weight and bias. The fold A P stays in float32."""
-    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def kernel(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
         arguments = list(rest)
@@ -257,7 +257,7 @@ def _register_autocast(device_type: str, key: str) -> None:
             bias_index = 5
             if len(arguments) > bias_index and arguments[bias_index] is not None:
                 arguments[bias_index] = arguments[bias_index].to(dtype)
-        with torch._C._ExcludeDispatchKeyGuard(keyset):
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
             return _op(x, weight, *arguments)
 
     LIBRARY.impl("projected_lora", kernel, key)
