@@ -157,11 +157,10 @@ def _backward_fake(
     lora_A: torch.Tensor, lora_B: torch.Tensor, *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     needs_x, needs_A, needs_B = rest[-1]
-    nothing = dy.new_empty(0)
     return (
-        x.new_empty(x.shape) if needs_x else nothing,
-        lora_A.new_empty(lora_A.shape) if needs_A else nothing.clone(),
-        lora_B.new_empty(lora_B.shape) if needs_B else nothing.clone(),
+        x.new_empty(x.shape) if needs_x else dy.new_empty(0),
+        lora_A.new_empty(lora_A.shape) if needs_A else dy.new_empty(0),
+        lora_B.new_empty(lora_B.shape) if needs_B else dy.new_empty(0),
     )
 
 

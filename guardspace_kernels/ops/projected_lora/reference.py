@@ -42,10 +42,16 @@ def forward(
     """(y, h, A_P) with h = drop(x) A_Pᵀ of shape (..., r) and A_P in the dtype of x."""
     A_P = fold(lora_A, basis, complement).to(x.dtype)
     h = F.linear(dropped(x, dropout, seed), A_P)
-    y = F.linear(x, weight, bias) + F.linear(h, lora_B.to(x.dtype)) * scale
+    y = _plus_product(F.linear(x, weight, bias), h, scale * lora_B.T)
     if frozen_A is not None and frozen_B is not None:
-        y = y - F.linear(F.linear(x, frozen_A.to(x.dtype)), frozen_B.to(x.dtype)) * scale
+        y = _plus_product(y, F.linear(x, frozen_A.to(x.dtype)), -scale * frozen_B.T)
     return y, h, A_P
+
+
+def _plus_product(y: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``y + left @ right`` in y's memory and dtype, rounded once; y is (..., d), left (..., r), right (r, d)."""
+    y.view(-1, y.shape[-1]).addmm_(left.reshape(-1, left.shape[-1]), right.to(y.dtype))
+    return y
 
 
 def backward(
@@ -67,13 +73,14 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dA, dB); an empty tensor for each that ``needs`` = [x, A, B] does not ask for."""
     needs_x, needs_A, needs_B = needs
-    dx = dA = dB = dy.new_empty(0)
-    dh = (dy @ lora_B.to(x.dtype)) * scale
+    dx, dA, dB = (dy.new_empty(0) for _ in needs)
+    dh = dy @ (scale * lora_B).to(x.dtype)
     if needs_x:
-        # dropout's derivative is the same mask and factor applied to the gradient.
-        dx = dy @ weight + dropped(dh @ A_P, dropout, seed)
+        dx = torch.matmul(dy, weight)
+        # Dropout's derivative is the same mask and factor, applied to the adapter's share of the gradient.
+        dx = dx + dropped(dh @ A_P, dropout, seed) if dropout else _plus_product(dx, dh, A_P)
         if frozen_A is not None and frozen_B is not None:
-            dx = dx - ((dy @ frozen_B.to(x.dtype)) @ frozen_A.to(x.dtype)) * scale
+            dx = _plus_product(dx, dy @ (-scale * frozen_B).to(x.dtype), frozen_A)
     if needs_A:
         rows = dropped(x, dropout, seed)
         dA_P = dh.reshape(-1, dh.shape[-1]).T @ rows.reshape(-1, rows.shape[-1])
