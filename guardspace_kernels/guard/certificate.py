@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from guardspace_kernels.guard.files import write_text
-from guardspace_kernels.guard.layers import is_conv1d, linear_weight, tensor_fingerprint
+from guardspace_kernels.guard.layers import ModelFingerprint, is_conv1d, linear_weight, tensor_fingerprint
 from guardspace_kernels.guard.statistics import (
     Batch,
     CalibrationStatistics,
     InputStatistics,
     checked_mask,
+    evaluating,
     first_tokens,
     forward_batch,
     to_device,
@@ -69,6 +70,8 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
             found[name] = AdaptedLayer(module, weight, F, G, dtype, projector, False)
         elif hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
             found[name] = _peft_layer(name, module)
+        if name in found and not all(torch.isfinite(t).all() for t in (found[name].F, found[name].G)):
+            raise ValueError(f"layer {name}: the adapter holds non-finite values; its training diverged")
     return found
 
 
@@ -84,6 +87,8 @@ def _peft_layer(name: str, module: Any) -> AdaptedLayer:
     active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
     if len(active) != 1:
         raise ValueError(f"layer {name}: exactly one LoRA adapter must be active, got {active}")
+    if getattr(module, "lora_variant", {}).get(active[0]) is not None:
+        raise ValueError(f"layer {name}: only plain LoRA changes the weight by B A; DoRA and other variants do not")
     A, B = module.lora_A[active[0]].weight.detach(), module.lora_B[active[0]].weight.detach()
     F, G = module.scaling[active[0]] * B.float(), A.float()
     return AdaptedLayer(module, linear_weight(base).detach(), F, G, A.dtype, None, is_conv1d(base))
@@ -233,11 +238,8 @@ def certify(
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapted layer; nothing to certify")
-    rows = []
-    for name, layer in layers.items():
-        if name not in stats.layers:
-            raise ValueError(f"layer {name} has no statistics; collect them with it in target_modules")
-        rows.append(_certify_layer(name, layer, stats))
+    check_statistics(model, layers, stats)
+    rows = [_certify_layer(name, layer, stats.for_layer(name)) for name, layer in layers.items()]
     tokens = max(entry.tokens for entry in stats.inputs)
     report = DriftReport(rows, tokens, stats.prompts, stats.fingerprint.model)
     if any(layer.projector is None for layer in layers.values()):
@@ -253,15 +255,26 @@ def certify(
     return report
 
 
-def _certify_layer(name: str, layer: AdaptedLayer, stats: CalibrationStatistics) -> LayerDrift:
-    entry: InputStatistics = stats.for_layer(name)
-    written = getattr(layer.module, "weight_is_residual", False)
-    if not written:
+def check_statistics(model: nn.Module, layers: dict[str, AdaptedLayer], stats: CalibrationStatistics) -> None:
+    """ValueError unless the statistics are of these layers and of the base model's weights; names the layer."""
+    known = stats.fingerprint.layers
+    for name, layer in layers.items():
+        if name not in stats.layers:
+            raise ValueError(f"layer {name} has no statistics; collect them with it in target_modules")
+        if getattr(layer.module, "weight_is_residual", False):
+            continue  # the base weight is gone but for rounding: the plan remembers it
         stored = layer.weight.T if layer.fan_in_fan_out else layer.weight
-        if tensor_fingerprint(stored) != stats.fingerprint.layers[name]:
+        if tensor_fingerprint(stored) != known[name]:
             raise ValueError(
                 f"layer {name}: its base weight is not the one the statistics were collected on; collect them again"
             )
+    plan = getattr(model, "guard_plan", None)
+    if plan is not None:
+        mine = ModelFingerprint(stats.fingerprint.model, {name: known[name] for name in layers})
+        plan.model.check(mine, "the statistics")
+
+
+def _certify_layer(name: str, layer: AdaptedLayer, entry: InputStatistics) -> LayerDrift:
     output = squared_output(layer.weight, entry.covariance)
     C = entry.covariance.double()
     free_energy = float(C.trace())
@@ -303,35 +316,31 @@ def _measure_heldout(
     if answer_tokens < 1:
         raise ValueError(f"answer_tokens must be 1 or more, got {answer_tokens}")
     meters = {name: _Meter(layer) for name, layer in layers.items()}
-    was_training = model.training
     prompts, positions, kl, change = 0, 0, 0.0, 0.0
-    model.eval()
-    try:
-        with torch.no_grad():
-            for index, raw in enumerate(batches):
-                checked_mask(raw, index)
-                with disable_adapter():
-                    batch = with_answers(model, to_device(model, raw), answer_tokens)
-                    mask = batch["attention_mask"].bool()
-                    handles = [
-                        layers[name].module.register_forward_hook(meter.hook(mask & ~first_tokens(mask)))
-                        for name, meter in meters.items()
-                    ]
-                    try:
-                        base = _last_logprobs(model, batch, answer_tokens)
-                    finally:
-                        for handle in handles:
-                            handle.remove()
-                ours = _last_logprobs(model, batch, answer_tokens)
-                answers = batch["input_ids"][:, -answer_tokens:]
-                counted = mask[:, -answer_tokens:]
-                kl += float(((base.exp() * (base - ours)).sum(dim=-1) * counted).sum())
-                picked = (ours - base).gather(2, answers[..., None]).squeeze(2)
-                change += float((picked * counted).sum())
-                positions += int(counted.sum())
-                prompts += answers.shape[0]
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        for index, raw in enumerate(batches):
+            checked_mask(raw, index)
+            with disable_adapter():
+                batch = with_answers(model, to_device(model, raw), answer_tokens)
+                mask = batch["attention_mask"].bool()
+                # Fewer than asked for where every answer of the batch ended early.
+                answered = mask.shape[1] - raw["input_ids"].shape[1]
+                handles = [
+                    layers[name].module.register_forward_hook(meter.hook(mask & ~first_tokens(mask)))
+                    for name, meter in meters.items()
+                ]
+                try:
+                    base = _last_logprobs(model, batch, answered)
+                finally:
+                    for handle in handles:
+                        handle.remove()
+            ours = _last_logprobs(model, batch, answered)
+            answers, counted = batch["input_ids"][:, -answered:], mask[:, -answered:]
+            kl += float(((base.exp() * (base - ours)).sum(dim=-1) * counted).sum())
+            picked = (ours - base).gather(2, answers[..., None]).squeeze(2)
+            change += float((picked * counted).sum())
+            positions += int(counted.sum())
+            prompts += answers.shape[0]
     if prompts == 0:
         raise ValueError("heldout is empty: at least one prompt is needed")
     for name, meter in meters.items():

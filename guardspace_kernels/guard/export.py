@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from guardspace_kernels.guard.certificate import adapted_layers, relative_drift
+from guardspace_kernels.guard.certificate import adapted_layers, check_statistics, relative_drift
 from guardspace_kernels.guard.files import write_atomic, write_text
 from guardspace_kernels.guard.layers import base_model, is_conv1d
 
@@ -87,7 +87,8 @@ def export_lora(
         stats: adds the drift on the calibration tokens, after rounding, to the report.
 
     Raises:
-        ValueError: there is no guarded layer.
+        ValueError: there is no guarded layer, an adapter that is not finite or overflows ``dtype``, or statistics of
+            other weights.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -98,16 +99,20 @@ def export_lora(
     tensors: dict[str, torch.Tensor] = {}
     leak: dict[str, float] = {}
     drift: dict[str, float] = {}
+    if stats is not None:
+        check_statistics(model, layers, stats)
+    rank = max(layer.G.shape[0] for layer in layers.values())
     for name, layer in layers.items():
         F, G = (t.to(dtype or layer.dtype) for t in (layer.F, layer.G))
-        tensors[peft_key(name, "lora_A")], tensors[peft_key(name, "lora_B")] = (
-            G.cpu().contiguous(),
-            F.cpu().contiguous(),
-        )
+        if not (torch.isfinite(F).all() and torch.isfinite(G).all()):
+            raise ValueError(f"layer {name}: the adapter overflows {F.dtype}; export it as bfloat16 or float32")
+        # One rank for all layers: zeros where a layer has less.
+        missing = rank - G.shape[0]
+        tensors[peft_key(name, "lora_A")] = nn.functional.pad(G, (0, 0, 0, missing)).cpu().contiguous()
+        tensors[peft_key(name, "lora_B")] = nn.functional.pad(F, (0, missing)).cpu().contiguous()
         leak[name] = layer.leak(F, G)
         if stats is not None:
             drift[name] = relative_drift(F, G, layer.weight, stats.for_layer(name).covariance)
-    rank = next(iter(layers.values())).G.shape[0]
     base = base_model(model)
     config = LoraConfig(
         r=rank,

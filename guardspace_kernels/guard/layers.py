@@ -88,6 +88,8 @@ def tensor_fingerprint(t: torch.Tensor) -> str:
         raise ValueError(f"a weight of shape {tuple(t.shape)} is on the meta device: load the model first")
     digest = hashlib.sha256(f"{t.dtype} {tuple(t.shape)}".encode())
     data = t.detach().contiguous().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 8:  # part of a larger buffer, where 64-bit words cannot begin
+        data = data.clone()
     whole = data.numel() - data.numel() % (8 * _TABLE_WIDTH)
     table = data[:whole].view(torch.int64).reshape(-1, _TABLE_WIDTH)
     for part in (table.sum(dim=0), table.sum(dim=1), data[whole:]):

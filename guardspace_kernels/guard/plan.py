@@ -73,7 +73,7 @@ class GuardConfig:
             raise ValueError(f"protect_dims must be 0 or more, got {self.protect_dims}")
         if self.init not in INITS:
             raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
-        if self.damping < 0:
+        if not (self.damping >= 0 and math.isfinite(self.damping)):
             raise ValueError(f"damping must be 0 or more, got {self.damping}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
@@ -130,12 +130,13 @@ class GuardPlan:
         """A hash of everything in the plan."""
         digest = hashlib.sha256(repr((self.config, self.model.model)).encode())
         for name, layer in self.layers.items():
-            digest.update(f"{name} {layer.space}".encode())
+            digest.update(repr((name, layer.shape, layer.space, layer.warnings, self.model.layers[name])).encode())
             for t in (layer.A0, layer.B0):
                 digest.update(t.contiguous().numpy().tobytes())
         for space in self.spaces:
             if space is not None:
-                digest.update(str(space.complement).encode())
+                shown = (space.complement, space.protected, space.sink_directions, space.free_energy)
+                digest.update(repr(shown).encode())
                 digest.update(space.basis.contiguous().numpy().tobytes())
         return digest.hexdigest()[:32]
 
@@ -212,12 +213,14 @@ class GuardPlan:
         return plan
 
 
-def _space_for(entry: InputStatistics, config: GuardConfig) -> NullSpace:
+def _space_for(entry: InputStatistics, config: GuardConfig) -> NullSpace | None:
     layer = entry.layers[0]
     if entry.tokens == 0:
         raise ValueError(f"layer {layer}: no token was counted; collect statistics on longer prompts")
-    if not torch.isfinite(entry.sinks).all():
+    if not (torch.isfinite(entry.covariance).all() and torch.isfinite(entry.sinks).all()):
         raise ValueError(f"layer {layer}: the statistics hold non-finite values; collect them again")
+    if not config.projector:
+        return None
     try:
         space = null_space(
             entry.covariance,
@@ -278,6 +281,12 @@ def plan_guard(
     Source: GuardSpace (arXiv 2510.14301).
     """
     config = config or GuardConfig()
+    modules = dict(model.named_modules())
+    absent = [name for name in stats.layers if name not in modules]
+    if absent:
+        raise ValueError(
+            f"the statistics belong to another model: this one has no layer {absent[0]}; collect them for this model"
+        )
     names = list(find_layers(model, stats.layers if target_modules is None else target_modules))
     missing = [name for name in names if name not in stats.layers]
     if missing:
@@ -288,7 +297,7 @@ def plan_guard(
     index_of = {name: i for i, entry in enumerate(used) for name in entry.layers}
 
     def solve_space(entry: InputStatistics) -> NullSpace | None:
-        return _space_for(entry, config) if config.projector else None
+        return _space_for(entry, config)
 
     def solve_layer(name: str) -> LayerPlan:
         index = index_of[name]
@@ -309,13 +318,16 @@ def _in_parallel(solve: Callable[[_Item], _Result], items: Sequence[_Item], bar:
         bar.update()
         return result
 
-    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(solve_one, item) for item in items]
         try:
             return [future.result() for future in futures]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+        finally:
+            torch.set_num_threads(threads)  # the workers' 1 would be what every later thread starts with
 
 
 def _plan_layer(

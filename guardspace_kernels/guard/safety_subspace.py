@@ -49,7 +49,8 @@ def starting_factors(
     """
     rows = U.T @ weight.double()
     norms = rows.norm(dim=1)
-    rounding = torch.finfo(weight.dtype).eps * weight.double().norm()
+    # Float32's for every dtype, that of the factors: all trailing rows of a large bfloat16 weight lie under bfloat16's.
+    rounding = torch.finfo(torch.float32).eps * weight.double().norm()
     dead = norms <= rounding
     c = ((norms if init == "balanced" else sigma) / scale).sqrt()
     usable = ~dead & (c > 0)

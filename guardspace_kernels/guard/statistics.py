@@ -125,12 +125,14 @@ class CalibrationStatistics:
 
 def _distinct(candidates: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """``known`` plus those rows of ``candidates`` that differ from every earlier one by more than rounding."""
-    tolerance = 1e-3 if candidates.dtype in (torch.float32, torch.float64) else 2e-2
-    rows = list(known)
-    for row in candidates.to(known.dtype):
-        if all(torch.linalg.vector_norm(row - r) > tolerance * torch.linalg.vector_norm(r) for r in rows):
-            rows.append(row)
-    return torch.stack(rows) if rows else known
+    rows = candidates.to(known.dtype)
+    # Statistics are kept in float32 at least: what bfloat16 can hold came from a model in it, and rounds as coarsely.
+    coarse = torch.equal(rows.bfloat16().to(rows.dtype), rows) or torch.equal(rows.half().to(rows.dtype), rows)
+    tolerance = 2e-2 if coarse else 1e-3
+    for row in rows:
+        if bool(((known - row).norm(dim=1) > tolerance * known.norm(dim=1)).all()):
+            known = torch.cat([known, row[None]])
+    return known
 
 
 class _Input:
@@ -207,7 +209,8 @@ class _Collector:
         mine.tensor, mine.version = weakref.ref(x), _version(x)
         rows = x
         if x.shape[:-1] != self.mask.shape:
-            if x.shape[:-1].numel() != self.mask.numel():
+            # Prompts flattened to (rows, d) keep the mask's order; other shapes, as (tokens, prompts, d), may not.
+            if x.dim() != 2 or x.shape[0] != self.mask.numel():
                 raise ValueError(
                     f"layer {name}: input of shape {tuple(x.shape)} does not match the attention mask "
                     f"{tuple(self.mask.shape)}; such layers (routed experts, cross-attention) cannot be collected: "
@@ -238,6 +241,11 @@ class _Collector:
 
 
 def checked_mask(batch: Batch, index: int) -> torch.Tensor:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch {index} must be a mapping such as {{'input_ids': ..., 'attention_mask': ...}}, got "
+            f"{type(batch).__name__}; pass a list of such batches"
+        )
     ids = batch.get("input_ids")
     mask = batch.get("attention_mask")
     if mask is None:
@@ -308,6 +316,19 @@ def forward_batch(model: nn.Module, batch: Batch, logits: int = 1) -> Any:
     return model(**arguments)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients within the context; every module is left in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def to_device(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     device = next(model.parameters()).device
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
@@ -357,23 +378,18 @@ def collect_statistics(
         raise ValueError(f"answer_tokens must be 0 or more, got {answer_tokens}")
     layers = find_layers(model, target_modules)
     fingerprint = ModelFingerprint.of(model, list(layers))
-    was_training = model.training
     collector = _Collector(layers, dtype, separate_sink)
     prompts = 0
-    model.eval()
-    try:
-        with torch.no_grad():
-            for index, raw in enumerate(tqdm(batches, desc="statistics", unit="batch", disable=not progress)):
-                checked_mask(raw, index)
-                batch = to_device(model, raw)
-                if answer_tokens:
-                    batch = with_answers(model, batch, answer_tokens)
-                with collector.counting(checked_mask(batch, index)):
-                    forward_batch(model, batch)
-                collector.end_batch(index)
-                prompts += collector.mask.shape[0]
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        for index, raw in enumerate(tqdm(batches, desc="statistics", unit="batch", disable=not progress)):
+            checked_mask(raw, index)
+            batch = to_device(model, raw)
+            if answer_tokens:
+                batch = with_answers(model, batch, answer_tokens)
+            with collector.counting(checked_mask(batch, index)):
+                forward_batch(model, batch)
+            collector.end_batch(index)
+            prompts += collector.mask.shape[0]
     if prompts == 0:
         raise ValueError("batches is empty: at least one prompt is needed")
     unseen = [name for name in layers if name not in collector.input_of]

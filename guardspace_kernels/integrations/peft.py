@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from typing import Any
 
@@ -208,7 +209,10 @@ def _agree(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
 
 
 def _second_adapter(name: str) -> ValueError:
-    return ValueError(f"a guarded model takes no second adapter ({name!r}): it would not be confined to the null space")
+    return ValueError(
+        f"a guarded model takes no second adapter ({name!r}): it would not be confined to the null space. "
+        "A preference trainer that adds one as its reference policy takes ref_model= instead"
+    )
 
 
 # What rounding A P to its dtype leaves outside the null space, with a wide margin.
@@ -225,9 +229,10 @@ def _to_plain_lora(layer: GuardedLinear, state: dict[str, Any], prefix: str, _me
         return
     # The projector is the plan's; plain PEFT has none.
     state.pop(_extra_state_key(prefix), None)
-    F, G = layer.delta_factors()
+    _, G = layer.delta_factors()
     state[key_A] = G.to(layer.A.dtype)
-    state[key_B] = (F / layer.scale).to(layer.B.dtype)
+    if layer.frozen_B is not None:
+        state[key_B] = torch.cat([layer.B.detach(), -layer.frozen_B.to(layer.B.dtype)], dim=1)
 
 
 def _from_plain_lora(layer: GuardedLinear, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -313,9 +318,14 @@ class GuardedModelMixin:
             raise ValueError(
                 f"{os.fspath(model_id)} was saved under another plan; attach the plan it was trained with (plan.save)"
             )
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        exported = load_file(os.path.join(model_id, ADAPTER_WEIGHTS))
+        export_path = os.path.join(model_id, ADAPTER_WEIGHTS)
+        try:
+            exported = load_file(export_path)
+        except SafetensorError as error:
+            raise ValueError(f"{export_path} is not a readable safetensors file: {error}") from error
         layers = self.guarded_layers()
         for name, layer in layers.items():
             self._check_saved(name, layer, tensors, exported)
@@ -378,6 +388,14 @@ class GuardedPeftModelForCausalLM(GuardedModelMixin, PeftModelForCausalLM):
     """A guarded :class:`peft.PeftModelForCausalLM`."""
 
 
+def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
+    """The names as PEFT's target_modules: a list, or an expression where PEFT's match of endings would catch more."""
+    endings = tuple(f".{name}" for name in names)
+    wanted = set(names)
+    ambiguous = any(name.endswith(endings) and name not in wanted for name, _ in model.named_modules())
+    return "|".join(re.escape(name) for name in names) if ambiguous else names
+
+
 def attach_guard(
     model: nn.Module, plan: GuardPlan, *, residual: str = "virtual", adapter_name: str = "default"
 ) -> GuardedPeftModel | GuardedPeftModelForCausalLM:
@@ -411,7 +429,7 @@ def attach_guard(
     config = LoraConfig(
         r=plan.config.rank,
         lora_alpha=plan.config.scale * plan.config.rank,
-        target_modules=list(guards),
+        target_modules=_target_modules(model, list(guards)),
         lora_dropout=plan.config.dropout,
         init_lora_weights=False,
         fan_in_fan_out=transposed,

@@ -9,6 +9,7 @@ from torch import nn
 
 from guardspace_kernels.nn.null_space_projector import NullSpaceProjector
 from guardspace_kernels.ops import projected_lora
+from guardspace_kernels.ops._library import full_float32_products
 
 
 def delta_factors(
@@ -154,7 +155,8 @@ class ProjectedLoraLinear(nn.Module):
         F, G = self.delta_factors()
         d_out, d_in = self.weight.shape
         merged = nn.Linear(d_in, d_out, bias=self.bias is not None, device="meta")
-        weight = (self.weight.to(F.dtype) + F @ G).to(self.weight.dtype)
+        with full_float32_products():
+            weight = (self.weight.to(F.dtype) + F @ G).to(self.weight.dtype)
         merged.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             merged.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,9 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 import guardspace_kernels as gk
 
 VOCAB, TOKENS = 64, 9
+
+
+Output = namedtuple("Output", "logits loss")
 
 
 class Plain(nn.Module):
@@ -29,7 +33,7 @@ class Plain(nn.Module):
         h = self.mix(self.up(self.embed(input_ids)).tanh()).tanh()
         logits = self.down(h + h.roll(1, dims=-2))
         loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
-        return SimpleNamespace(logits=logits, loss=loss)
+        return Output(logits, loss)
 
 
 def _gpt2(cls, **kwargs):
@@ -63,14 +67,12 @@ def batch(kind="llama", seed=0):
     return {"input_ids": ids, "labels": ids[:, 0] % 2 if kind == "classifier" else ids}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def statistics(kind="llama", dtype=torch.float32):
-    return gk.collect_statistics(
-        base(kind, dtype), [{"input_ids": batch(kind, 7)["input_ids"][:, :4]}], progress=False
-    )
+    return gk.collect_statistics(base(kind, dtype), [{"input_ids": batch(kind, 7)["input_ids"][:, :4]}], progress=False)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def plan(kind="llama", dtype=torch.float32, **config):
     made = gk.plan_guard(
         base(kind, dtype),
@@ -78,10 +80,13 @@ def plan(kind="llama", dtype=torch.float32, **config):
         gk.GuardConfig(**{"rank": 2, "alpha": 3.0, "protect": 0.9, **config}),
         progress=False,
     )
-    if dtype == torch.float64:  # plans keep float32 bases: orthonormal to 1e-7
+    if dtype == torch.float64:  # plans are kept in float32: orthonormal to 1e-7, too little for some tests
         for space in made.spaces:
-            if space is not None:
-                space.basis = torch.linalg.qr(space.basis.double()).Q
+            space.basis = torch.linalg.qr(space.basis.double()).Q
+        for name, layer in made.layers.items():
+            space = made.space_of(name)
+            layer.A0 = layer.A0.double()
+            gk.ops.null_project_(layer.A0, space.basis, space.complement)
     return made
 
 

@@ -108,7 +108,7 @@ def test_virtual_residual_never_touches_the_base(tiny, kind):
     tiny.train(model, kind=kind)
     with model.disable_adapter():
         assert torch.equal(tiny.logits(model, kind), tiny.logits(tiny.base(kind), kind))
-    plain = {n: p for n, p in model.unload().named_parameters()}
+    plain = dict(model.unload().named_parameters())
     assert all(torch.equal(p, plain[n]) for n, p in tiny.base(kind).named_parameters())
 
 
@@ -143,6 +143,28 @@ def test_without_projector_nothing_is_protected(tiny):
     assert (tiny.delta(layer) @ Q).norm() > 1e-2
     with pytest.raises(ValueError, match="no guarded layer"):
         gk.guard_optimizer(tiny.adamw(tiny.trainable(model)), model)
+
+
+def test_layer_whose_name_ends_another_is_guarded_alone(tiny, tmp_path):
+    class Nested(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.fc = torch.nn.Embedding(64, 8), torch.nn.Linear(8, 8)
+            self.block = torch.nn.ModuleDict({"fc": torch.nn.Linear(8, 8)})
+
+        def forward(self, input_ids):
+            return self.block["fc"](self.fc(self.embed(input_ids)).tanh())
+
+    ids = tiny.batch()["input_ids"]
+    stats = gk.collect_statistics(Nested(), [{"input_ids": ids[:, :2]}], target_modules="fc", progress=False)
+    plan = gk.plan_guard(Nested(), stats, gk.GuardConfig(rank=1, protect=0.5), progress=False)
+    model = gk.attach_guard(Nested(), plan)
+    assert list(model.guarded_layers()) == ["fc"]
+    next(iter(model.guarded_layers().values())).B.data.add_(1)
+    model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(Nested(), str(tmp_path))
+    assert close(plain(ids), model(ids), 1e-5) and not close(model(ids), Nested()(ids), 1e-2)
 
 
 def test_attach_refuses(tiny):
@@ -213,18 +235,22 @@ def test_compiles_without_graph_break(tiny, kind, mode):
         gk.guard_optimizer(tiny.adamw(tiny.trainable(model)), model)
     expected, eager = tiny.logits(model, kind), gradients(model, tiny, kind)
     torch._dynamo.reset()
-    if kind == "plain":
-        model.base_model.model.forward = torch.compile(
-            model.base_model.model.forward, backend="aot_eager", fullgraph=True
-        )
-    else:
-        for layer in model.guarded_layers().values():
-            layer.compile(backend="aot_eager", fullgraph=True)
+    inner = model.get_base_model()
+    inner.forward = torch.compile(inner.forward, backend="aot_eager", fullgraph=True)
     assert close(tiny.logits(model, kind), expected)
     assert all(close(g, eager[n], 1e-5) for n, g in gradients(model, tiny, kind).items())
     for layer in model.guarded_layers().values():
-        layer.A.data.mul_(2)
+        layer.A.data.mul_(2)  # without its version counter
     assert not close(tiny.logits(model, kind), expected, 1e-3)
+
+
+def test_compiles_with_dropout(tiny):
+    model = tiny.guarded("plain", dropout=0.5).train()
+    eager = gradients(model, tiny, "plain")
+    torch._dynamo.reset()
+    inner = model.get_base_model()
+    inner.forward = torch.compile(inner.forward, backend="aot_eager", fullgraph=True)
+    assert all(close(g, eager[n], 1e-5) for n, g in gradients(model, tiny, "plain").items())
 
 
 def test_bfloat16_base_with_float32_adapters_trains(tiny):
@@ -270,9 +296,9 @@ def test_dropout_in_training_only(tiny):
         assert torch.equal(tiny.logits(model), tiny.logits(tiny.base()))
 
 
-def test_per_request_adapters_are_refused(tiny, trained):
+def test_per_request_adapters_are_refused(tiny):
     with pytest.raises(ValueError, match="takes its input alone"):
-        trained(**tiny.batch(), adapter_names=["default"] * 4)
+        tiny.guarded()(**tiny.batch(), adapter_names=["default"] * 4)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
@@ -288,12 +314,14 @@ def test_copies_are_independent_and_in_forward_mode(tiny, how):
         file.seek(0)
         twin = torch.load(file, weights_only=False)
     before = tiny.logits(model)
-    assert torch.equal(tiny.logits(twin), before)
+    assert close(tiny.logits(twin), before)
     assert len({id(m.projector) for m in twin.guarded_layers().values()}) == 8  # shared where the input is shared
     tiny.train(twin, steps=6)
     assert torch.equal(tiny.logits(model), before)
     assert tiny.drift(twin)[0] < 1e-6
-    assert close(get_peft_model_state_dict(twin).popitem()[1], next(reversed(twin.guarded_layers().values())).B, 10)
+    state = get_peft_model_state_dict(twin)
+    for name, (_, B) in factors(twin).items():
+        assert torch.equal(state[f"base_model.model.{name}.lora_B.weight"][:, :2], B)
     guard.remove()
 
 
@@ -373,7 +401,8 @@ def test_load_adapter_is_exact(tiny, saved, trained, residual):
     assert (result.missing_keys, result.unexpected_keys) == ([], []) and fresh.training
     assert same(factors(fresh), factors(trained))
     assert close(tiny.logits(fresh.eval()), tiny.logits(trained))
-    assert not fresh.train().load_adapter(saved) is None and not fresh.training
+    fresh.train().load_adapter(saved)
+    assert not fresh.training
 
 
 def test_plan_file_and_adapter_folder_restore_the_model(tiny, saved, trained, tmp_path):
@@ -387,9 +416,7 @@ def test_another_adapter_name(tiny, tmp_path):
     model = tiny.guarded(adapter_name="guard")
     tiny.train(model)
     model.save_pretrained(tmp_path)
-    assert close(
-        tiny.logits(PeftModel.from_pretrained(tiny.base(), str(tmp_path)).eval()), tiny.logits(model), 1e-5
-    )
+    assert close(tiny.logits(PeftModel.from_pretrained(tiny.base(), str(tmp_path)).eval()), tiny.logits(model), 1e-5)
     fresh = tiny.guarded(adapter_name="guard")
     fresh.load_adapter(tmp_path, "guard")
     assert torch.equal(tiny.logits(fresh), tiny.logits(model))
