@@ -47,6 +47,8 @@ def _demo(options: argparse.Namespace) -> int:
         from guardspace_kernels.demo.experiment import run_demo
         from guardspace_kernels.demo.report import failed_claims
     except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "guardspace_kernels":
+            raise  # a broken installation, not a missing extra
         print(
             f"guardspace demo needs {error.name}: install the extra with pip install 'guardspace-kernels[demo]'",
             file=sys.stderr,

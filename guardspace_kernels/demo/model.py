@@ -33,11 +33,12 @@ CHAT_TEMPLATE = (
 class AlignmentRecipe:
     """How refusals are installed; part of the key under which the aligned model is cached."""
 
-    prompts: int = 120
-    answer_tokens: int = 32
+    harmful: int = 180
+    harmless: int = 120
+    answer_tokens: int = 24
     rank: int = 16
-    learning_rate: float = 4e-4
-    steps: int = 40
+    learning_rate: float = 5e-4
+    steps: int = 44
     batch_size: int = 8
     seed: int = 0
 
@@ -109,7 +110,7 @@ def converted_model() -> Path:
 
 
 def load_model(path: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
-    """Load a checkpoint frozen and in evaluation mode; the checkpoints are bfloat16, so float32 holds the same weights."""
+    """Load a checkpoint frozen and in evaluation mode; float32 then holds the same weights as bfloat16."""
     device = device or best_device()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or best_dtype(device)).to(device)
     model.requires_grad_(False)

@@ -42,7 +42,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 def encode_answer(tokenizer: Any, answer: str) -> list[int]:
     """Token ids of a complete answer, with the end token."""
-    return tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    return [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
 
 
 def left_padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -141,9 +141,9 @@ def train(
             optimizer.zero_grad()
             run.losses.append(loss.item())
             bar.set_postfix(loss=f"{run.losses[-1]:.3f}")
-            if snapshot_at is not None and run.snapshot is None and step + 1 >= window:
-                if run.smoothed(window) <= snapshot_at:
-                    run.snapshot, run.snapshot_step = adapter_state(model), step + 1
+            reached = snapshot_at is not None and len(run.losses) >= window and run.smoothed(window) <= snapshot_at
+            if reached and run.snapshot is None:
+                run.snapshot, run.snapshot_step = adapter_state(model), step + 1
     model.eval()
     run.seconds = time.perf_counter() - started
     return run

@@ -85,19 +85,32 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+# From torch 2.9 each backend has a setting of its own, and reading the process-wide one raises where they differ.
+_PRECISIONS: tuple[Any, ...] = tuple(
+    backend
+    for backend in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    if hasattr(backend, "fp32_precision")
+)
+
+
 @contextmanager
 def full_float32_products() -> Iterator[None]:
-    """Matrix products of float32 inputs with float32 multiplications.
+    """Matrix products of float32 inputs with float32 multiplications, under autocast too.
 
     Trainers often allow TF32 or bf16 products (``torch.set_float32_matmul_precision``); their rounding, 2e-4 of the
     largest entry, would hide the null space of a covariance, whose threshold lies below 1e-6.
     """
-    previous = torch.get_float32_matmul_precision()
-    if previous == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    reduced = [(b, b.fp32_precision) for b in _PRECISIONS if b.fp32_precision not in ("ieee", "none")]
+    process_wide = "highest" if _PRECISIONS else torch.get_float32_matmul_precision()
     try:
-        yield
+        for backend, _ in reduced:
+            backend.fp32_precision = "ieee"
+        if process_wide != "highest":
+            torch.set_float32_matmul_precision("highest")
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
+            yield
     finally:
-        torch.set_float32_matmul_precision(previous)
+        for backend, precision in reduced:
+            backend.fp32_precision = precision
+        if process_wide != "highest":
+            torch.set_float32_matmul_precision(process_wide)

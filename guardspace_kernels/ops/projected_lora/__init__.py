@@ -71,7 +71,8 @@ def _check(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"{_OP}: dropout must be in [0, 1), got {dropout}")
     if dropout > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.dim() != 0):
-        raise ValueError(f"{_OP}: dropout > 0 needs seed, a 0-dimensional int64 tensor")
+        got = "None" if seed is None else f"{seed.dtype} of shape {shape(seed)}"
+        raise ValueError(f"{_OP}: dropout > 0 needs seed, a 0-dimensional int64 tensor, got {got}")
     require_same_device(
         _OP, "x", x, weight=weight, lora_A=lora_A, lora_B=lora_B, basis=basis, bias=bias,
         frozen_A=frozen_A, frozen_B=frozen_B,

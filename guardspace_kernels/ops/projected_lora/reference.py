@@ -10,10 +10,10 @@ from guardspace_kernels.ops.null_projection.reference import project
 
 
 def fold(lora_A: torch.Tensor, basis: torch.Tensor | None, complement: bool) -> torch.Tensor:
-    """``A_P = A P`` (r, d_in), at least float32; a tensor of its own even without a basis."""
+    """``A_P = A P`` (r, d_in), at least float32; a contiguous tensor of its own even without a basis."""
     if basis is None:
-        return lora_A.to(compute_dtype(lora_A.dtype), copy=True)
-    return project(lora_A, basis, complement)
+        return lora_A.to(compute_dtype(lora_A.dtype), copy=True, memory_format=torch.contiguous_format)
+    return project(lora_A, basis, complement).contiguous()
 
 
 def dropped(x: torch.Tensor, dropout: float, seed: torch.Tensor | None) -> torch.Tensor:

@@ -1,0 +1,386 @@
+import copy
+import dataclasses
+import json
+import math
+
+import peft
+import pytest
+import torch
+from guard_helpers import (
+    MODELS,
+    PROMPTS,
+    PlainModel,
+    batch_of,
+    collect,
+    gather_inputs,
+    hand_made,
+    perturb,
+    plan_for,
+    tiny_gpt2,
+    tiny_llama,
+    weight_of,
+)
+
+import guardspace_kernels as gk
+from guardspace_kernels.guard.certificate import relative_drift, squared_drift, squared_output
+from guardspace_kernels.nn import ProjectedLoraLinear
+
+HELD_OUT = ([7, 9, 4, 4], [5, 14, 3, 8, 2, 6], [22, 5, 3])
+
+
+def merged_delta(guarded, base, names):
+    """Name -> ΔW (d_out, d_in), float64: what merging would add, through PEFT and not through our factors."""
+    merged = copy.deepcopy(guarded).double().merge_and_unload()
+    return {name: weight_of(merged, name) - weight_of(base, name) for name in names}
+
+
+def ratio(moved, kept):
+    return float(moved.norm() / kept.norm())
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"init": "zero"}, {"projector": False}, {"alpha": 1.0, "rule": "rank", "protect_dims": 4}]
+)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "plain"])
+def test_drift_equals_the_directly_computed_one(kind, config):
+    base = MODELS[kind]()
+    stats = collect(base)
+    guarded = perturb(gk.attach_guard(copy.deepcopy(base), plan_for(base, stats, **config)))
+    made = hand_made(base, PROMPTS, stats.layers)
+    delta = merged_delta(guarded, base, stats.layers)
+    report = gk.certify(guarded, stats)
+    assert [row.name for row in report.layers] == stats.layers
+    for row in report.layers:
+        X, _, firsts = made[row.name]
+        W, dW = weight_of(base, row.name), delta[row.name]
+        assert row.drift == pytest.approx(ratio(X @ dW.T, X @ W.T), rel=1e-4, abs=1e-6), row.name
+        sink = ((firsts @ dW.T).norm(dim=1) / (firsts @ W.T).norm(dim=1)).max()
+        assert row.sink_drift == pytest.approx(float(sink), rel=1e-4, abs=1e-5)
+        assert row.drift > 1e-3
+        assert row.drift <= row.bound
+        assert (row.sink_drift < 1e-5) == ("projector" not in config)
+        assert row.heldout_drift is None and row.heldout_outside is None
+    assert report.max_drift == max(max(row.drift, row.sink_drift) for row in report.layers)
+    assert report.tokens == len(made[stats.layers[0]][0]) and report.prompts == len(PROMPTS)
+    assert bool(report.notes) == (config.get("projector") is False)
+
+
+@pytest.mark.parametrize("residual", ["virtual", "frozen"])
+@pytest.mark.parametrize("init", ["balanced", "paper", "zero"])
+def test_no_drift_at_the_start(init, residual):
+    model = tiny_llama()
+    stats = collect(model)
+    guarded = gk.attach_guard(model, plan_for(model, stats, init=init), residual=residual)
+    report = gk.certify(guarded, stats, heldout=[batch_of(HELD_OUT)], answer_tokens=3)
+    assert report.max_drift < 1e-6
+    assert abs(report.heldout.kl) < 1e-6 and abs(report.heldout.answer_logprob_change) < 1e-4
+    assert max(row.heldout_drift for row in report.layers) < 1e-6
+
+
+def test_full_protection_leaves_no_drift_on_the_calibration_tokens():
+    model = tiny_llama(dtype=torch.float64)
+    stats = collect(model, [batch_of(PROMPTS[:2])], dtype=torch.float64)
+    guarded = perturb(gk.attach_guard(model, plan_for(model, stats, protect=1.0)), size=3.0)
+    report = gk.certify(guarded, stats, heldout=[batch_of(PROMPTS[:2])], answer_tokens=1)
+    assert 0 < report.max_drift < 1e-6  # float32 bases: never exactly zero
+    assert all(row.drift <= row.bound < 2e-3 for row in report.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_statistics_are_only_read(dtype, tmp_path):
+    model = tiny_llama()
+    stats = collect(model, dtype=dtype)
+    before = copy.deepcopy(stats)
+    guarded = perturb(gk.attach_guard(model, plan_for(model, stats)))
+    first = gk.certify(guarded, stats)
+    gk.export_lora(guarded, tmp_path, stats=stats)
+    assert gk.certify(guarded, stats) == first
+    for a, b in zip(stats.inputs, before.inputs, strict=True):
+        assert torch.equal(a.covariance, b.covariance) and torch.equal(a.sinks, b.sinks)
+
+
+def test_virtual_and_frozen_residual_certify_alike():
+    model = tiny_llama()
+    stats = collect(model)
+    plan = plan_for(model, stats)
+    reports = [
+        gk.certify(perturb(gk.attach_guard(copy.deepcopy(model), plan, residual=residual)), stats)
+        for residual in ("virtual", "frozen")
+    ]
+    for a, b in zip(reports[0].layers, reports[1].layers, strict=True):
+        assert a.drift == pytest.approx(b.drift, rel=1e-4) and a.bound == pytest.approx(b.bound, rel=1e-4)
+
+
+def test_the_bound_holds_for_any_adapter_of_the_same_norm():
+    model = tiny_llama()
+    stats = collect(model)
+    base = copy.deepcopy(model)
+    guarded = perturb(gk.attach_guard(model, plan_for(model, stats)))
+    layers = guarded.guarded_layers()
+    report = gk.certify(guarded, stats)
+    generator = torch.Generator().manual_seed(0)
+    delta = merged_delta(guarded, base, stats.layers)
+    worst = {}
+    for row in report.layers:
+        assert row.drift <= row.bound
+        entry, W, projector = stats.for_layer(row.name), weight_of(base, row.name), layers[row.name].projector
+        norm = torch.linalg.matrix_norm(delta[row.name], ord=2)
+        output = math.sqrt(squared_output(W, entry.covariance))
+        d = W.shape[1]
+        P = torch.eye(d, dtype=torch.float64)
+        projector.project_(P)
+        top = torch.linalg.eigh(P @ entry.covariance.double() @ P).eigenvectors[:, -1:]
+        others = [torch.randn(W.shape[0], d, generator=generator, dtype=torch.float64) @ P for _ in range(3)]
+        others.append(torch.eye(W.shape[0], 1, dtype=torch.float64) @ top.T)  # the worst one of rank one
+        others.append((torch.linalg.qr(torch.randn(max(W.shape[0], d), d, dtype=torch.float64)).Q[: W.shape[0]]) @ P)
+        for other in others:
+            other = other * norm / torch.linalg.matrix_norm(other, ord=2)
+            drift = math.sqrt(squared_drift(other, torch.eye(d, dtype=torch.float64), entry.covariance)) / output
+            assert drift <= row.bound * (1 + 1e-6)
+            worst[row.name] = max(worst.get(row.name, 0.0), drift / row.bound)
+        free = float((P @ entry.covariance.double()).trace())
+        assert row.bound == pytest.approx(float(norm) * math.sqrt(free) / output, rel=1e-4)
+    assert max(worst.values()) > 0.4  # and is not a bound that anything satisfies
+
+
+def test_traces_against_the_tokens():
+    torch.manual_seed(0)
+    X, F, G = (torch.randn(n, m, dtype=torch.float64) for n, m in ((50, 7), (9, 3), (3, 7)))
+    W = torch.randn(9, 7, dtype=torch.float64)
+    C = X.T @ X
+    assert squared_drift(F, G, C) == pytest.approx(float((X @ G.T @ F.T).square().sum()), rel=1e-12)
+    assert squared_output(W, C) == pytest.approx(float((X @ W.T).square().sum()), rel=1e-12)
+    assert relative_drift(F, G, W, C) == pytest.approx(ratio(X @ G.T @ F.T, X @ W.T), rel=1e-12)
+    assert relative_drift(F, G, torch.zeros(9, 7), C) == math.inf
+    assert relative_drift(0 * F, G, torch.zeros(9, 7), C) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_plain_peft_lora_is_certified_for_comparison(kind):
+    base = MODELS[kind]()
+    stats = collect(base)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=[n.rsplit(".", 1)[1] for n in stats.layers], fan_in_fan_out=kind == "gpt2"
+    )
+    plain = perturb(peft.get_peft_model(copy.deepcopy(base), config))
+    report = gk.certify(plain, stats, heldout=[batch_of(HELD_OUT)], answer_tokens=2)
+    delta = merged_delta(plain, base, stats.layers)
+    made = hand_made(base, PROMPTS, stats.layers)
+    for row in report.layers:
+        X, C, _ = made[row.name]
+        W, dW = weight_of(base, row.name), delta[row.name]
+        assert row.drift == pytest.approx(ratio(X @ dW.T, X @ W.T), rel=1e-4)
+        whole = float(torch.linalg.matrix_norm(dW, ord=2)) * math.sqrt(float(C.trace())) / float((X @ W.T).norm())
+        assert row.bound == pytest.approx(whole, rel=1e-4) and row.drift <= row.bound
+        assert row.heldout_outside == pytest.approx(1.0)
+        assert row.sink_drift > 1e-2
+    assert report.notes == ["no projector: an ordinary adapter, whose drift is bounded only by its norm"]
+
+
+def test_variants_and_several_adapters_are_refused():
+    model = tiny_llama()
+    stats = collect(model)
+    dora = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match=r"layer model\.layers\.0\.self_attn\.q_proj: only plain LoRA .*DoRA"):
+        gk.certify(dora, stats)
+    two = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    two.add_adapter("second", peft.LoraConfig(target_modules=["q_proj"]))
+    two.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match=r"q_proj: exactly one LoRA adapter must be active, got \['default', 'second'"):
+        gk.certify(two, stats)
+
+
+def test_models_that_cannot_be_certified():
+    model = tiny_llama()
+    stats = collect(model, target_modules=["q_proj"])
+    everything = collect(model)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no adapted layer; nothing to certify"):
+        gk.certify(model, everything)
+    guarded = perturb(gk.attach_guard(copy.deepcopy(model), plan_for(model, everything)))
+    with pytest.raises(ValueError, match=r"layer model\.layers\.0\.self_attn\.k_proj has no statistics; collect them"):
+        gk.certify(guarded, stats)
+    guarded.merge_adapter()
+    with pytest.raises(ValueError, match=r"layer model\.layers\.0\.self_attn\.q_proj: its adapter is merged; certify"):
+        gk.certify(guarded, everything)
+    guarded.unmerge_adapter()
+    gk.attach_guard(tiny_llama(), plan_for(model, everything))
+    with torch.no_grad():  # a non-finite layer must not hide behind the comparison with max_drift
+        guarded.guarded_layers()["model.layers.1.self_attn.q_proj"].B[0, 0] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"layer model\.layers\.1\.self_attn\.q_proj: the adapter holds non-finite val"
+    ):
+        gk.certify(guarded, everything, max_drift=1e9)
+
+
+@pytest.mark.parametrize("residual", ["virtual", "frozen"])
+def test_statistics_of_other_weights_are_refused(residual):
+    model = tiny_llama()
+    plan = plan_for(model)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+    embedding = copy.deepcopy(model)
+    with torch.no_grad():
+        embedding.model.embed_tokens.weight[0, 0] += 1e-3
+    others, mine, elsewhere = collect(changed), collect(model), collect(embedding)
+    guarded = gk.attach_guard(model, plan, residual=residual)
+    gk.certify(guarded, mine)
+    with pytest.raises(ValueError, match=r"layer model\.layers\.1\.mlp\.up_proj(: its base weight is not| differs)"):
+        gk.certify(guarded, others)
+    with pytest.raises(ValueError, match="a weight outside the guarded layers differs"):
+        gk.certify(guarded, elsewhere)
+
+
+def test_plain_lora_on_other_weights_is_refused():
+    stats = collect(tiny_gpt2())
+    other = tiny_gpt2()
+    with torch.no_grad():
+        other.transformer.h[1].mlp.c_fc.weight[0, 0] += 1e-3
+    plain = peft.get_peft_model(other, peft.LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True))
+    with pytest.raises(ValueError, match=r"layer transformer\.h\.1\.mlp\.c_fc: its base weight is not the one"):
+        gk.certify(plain, stats)
+
+
+def test_modules_without_peft_are_certified():
+    model = PlainModel()
+    stats = collect(model)
+    space = plan_for(model, stats).space_of("q")
+    W = weight_of(model, "q")
+    made = hand_made(model, PROMPTS, ["q"])["q"]
+    model.q = ProjectedLoraLinear.from_linear(model.q, 2, space.basis, complement=space.complement)
+    perturb(model)
+    (row,) = gk.certify(model, stats).layers
+    F, G = model.q.delta_factors()
+    assert row.name == "q" and row.drift > 0
+    assert row.drift == pytest.approx(ratio(made[0] @ (F @ G).double().T, made[0] @ W.T), rel=1e-4)
+    with pytest.raises(TypeError, match=r"heldout needs a peft\.PeftModel"):
+        gk.certify(model, stats, heldout=[batch_of()])
+
+
+def test_max_drift():
+    model = tiny_llama()
+    stats = collect(model)
+    guarded = perturb(gk.attach_guard(model, plan_for(model, stats)))
+    report = gk.certify(guarded, stats)
+    assert gk.certify(guarded, stats, max_drift=report.max_drift).max_drift == report.max_drift
+    worst = max(report.layers, key=lambda row: max(row.drift, row.sink_drift))
+    with pytest.raises(gk.DriftExceededError, match=rf"layer {worst.name} drifts by .* above max_drift") as caught:
+        gk.certify(guarded, stats, max_drift=0.99 * report.max_drift)
+    assert caught.value.report.to_dict() == report.to_dict() and caught.value.report.worst == worst
+
+
+def test_a_drifting_sink_counts_for_max_drift():
+    model = tiny_llama()
+    stats = collect(model)
+    guarded = gk.attach_guard(model, plan_for(model, stats))
+    foreign = copy.deepcopy(stats)
+    for entry in foreign.inputs:  # first tokens that the plan did not protect
+        entry.sinks = torch.randn(1, entry.covariance.shape[0], generator=torch.Generator().manual_seed(0)) * 100
+        entry.covariance *= 1.0
+    report = gk.certify(perturb(guarded, size=1.0), foreign)
+    assert report.max_drift == max(max(row.drift, row.sink_drift) for row in report.layers)
+    assert any(row.sink_drift > row.drift for row in report.layers)
+
+
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_heldout_numbers_equal_hand_computed_ones(kind, eos):
+    """Every prompt alone, greedy decoding by hand, in float64."""
+    n = 4
+    base = MODELS[kind](dtype=torch.float64)
+    stats = collect(base, dtype=torch.float64)
+    answers = {tuple(p): [] for p in HELD_OUT}
+    for prompt, answer in answers.items():
+        for _ in range(n):
+            answer.append(int(base(torch.tensor([[*prompt, *answer]])).logits[0, -1].argmax()))
+    if eos:  # every answer ends at its second token or before: fewer columns than asked for
+        ends = sorted({answer[1] for answer in answers.values()})
+        base.generation_config.eos_token_id = ends
+        for answer in answers.values():
+            del answer[next(i for i, token in enumerate(answer) if token in ends) + 1 :]
+    guarded = perturb(gk.attach_guard(copy.deepcopy(base), plan_for(base, stats)))
+    batches = [batch_of(HELD_OUT[:2]), batch_of(HELD_OUT[2:], "left", 7)]
+    report = gk.certify(guarded, stats, heldout=batches, answer_tokens=n)
+
+    whole = [[*prompt, *answer] for prompt, answer in answers.items()]
+    kl, change, positions = 0.0, 0.0, 0
+    with torch.no_grad():
+        for ids, answer in zip(whole, answers.values(), strict=True):
+            here = slice(len(ids) - len(answer) - 1, len(ids) - 1)
+            p, q = (m(torch.tensor([ids])).logits[0, here].log_softmax(-1) for m in (base, guarded))
+            kl += float((p.exp() * (p - q)).sum())
+            change += sum(float(q[i, token] - p[i, token]) for i, token in enumerate(answer))
+            positions += len(answer)
+    assert (report.heldout.prompts, report.heldout.positions) == (len(HELD_OUT), positions)
+    assert report.heldout.kl == pytest.approx(kl / positions, rel=1e-3)
+    assert report.heldout.answer_logprob_change == pytest.approx(change / len(HELD_OUT), rel=1e-3)
+    assert kl > 1e-3 and abs(change) > 1e-3
+
+    delta = merged_delta(guarded, base, stats.layers)
+    rows = gather_inputs(base, whole, stats.layers)
+    for row in report.layers:
+        X = torch.cat([x[1:] for x in rows[row.name]])
+        P = torch.eye(X.shape[1], dtype=torch.float64)
+        guarded.guarded_layers()[row.name].projector.project_(P)
+        assert row.heldout_drift == pytest.approx(
+            ratio(X @ delta[row.name].T, X @ weight_of(base, row.name).T), rel=1e-4
+        )
+        assert row.heldout_outside == pytest.approx(ratio(X @ P, X), rel=1e-4)
+        assert row.heldout_drift > 1e-3 and row.heldout_outside > 1e-3
+
+
+def test_heldout_leaves_the_model_as_it_was():
+    model = tiny_llama()
+    stats = collect(model)
+    guarded = perturb(gk.attach_guard(model, plan_for(model, stats))).train()
+    guarded.get_base_model().model.layers[0].eval()
+    modes = {name: m.training for name, m in guarded.named_modules()}
+    gk.certify(guarded, stats, heldout=[batch_of(HELD_OUT)], answer_tokens=2)
+    bad = [batch_of(HELD_OUT), {"input_ids": torch.full((1, 3), 999)}]
+    with pytest.raises(IndexError):
+        gk.certify(guarded, stats, heldout=bad, answer_tokens=2)
+    assert {name: m.training for name, m in guarded.named_modules()} == modes
+    assert not any(m._forward_hooks for m in guarded.modules())
+    assert not any(layer.disable_adapters for layer in guarded.guarded_layers().values())
+    trainable = {name for name, p in guarded.named_parameters() if p.requires_grad}
+    assert trainable == {name for name, _ in guarded.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize(
+    "heldout, answer_tokens, match",
+    [
+        ([], 2, "heldout is empty"),
+        ([batch_of()], 0, "answer_tokens must be 1 or more, got 0"),
+        ([{"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.zeros(1, 2).long()}], 2, "all padding"),
+    ],
+)
+def test_unusable_heldout(heldout, answer_tokens, match):
+    model = tiny_llama()
+    stats = collect(model)
+    guarded = gk.attach_guard(model, plan_for(model, stats))
+    with pytest.raises(ValueError, match=match):
+        gk.certify(guarded, stats, heldout=heldout, answer_tokens=answer_tokens)
+
+
+@pytest.mark.parametrize("heldout", [None, [batch_of(HELD_OUT)]])
+def test_json_and_table(heldout, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_llama()
+    stats = collect(model)
+    guarded = perturb(gk.attach_guard(model, plan_for(model, stats)))
+    report = gk.certify(guarded, stats, heldout=heldout, answer_tokens=2)
+    report.save("report.json")
+    read = json.loads((tmp_path / "report.json").read_text())
+    assert read == {**dataclasses.asdict(report), "max_drift": report.max_drift}
+    assert read["model"] == stats.fingerprint.model and len(read["layers"]) == 14
+
+    head, *lines = str(report).splitlines()
+    assert head.split() == ["layer", "drift", "bound", "sink", *(["held-out", "outside"] if heldout else [])]
+    for line, row in zip(lines, report.layers, strict=False):
+        wanted = [row.drift, row.bound, row.sink_drift] + ([row.heldout_drift, row.heldout_outside] if heldout else [])
+        assert line.split() == [row.name, *(f"{value:.2e}" for value in wanted)]
+    assert "\n".join(lines[14:]) == report.summary()
+    assert f"worst {report.max_drift:.2e} at {report.worst.name}" in report.summary()
+    if heldout:
+        assert f"next-token KL {report.heldout.kl:.3g} nats" in report.summary()
+    assert "safe" not in str(report)

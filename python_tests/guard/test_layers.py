@@ -1,0 +1,145 @@
+import copy
+
+import pytest
+import torch
+from guard_helpers import PlainModel, tiny_gpt2, tiny_llama, weight_of
+from torch import nn
+
+from guardspace_kernels.guard.layers import (
+    ModelFingerprint,
+    base_model,
+    find_layers,
+    is_conv1d,
+    linear_weight,
+    tensor_fingerprint,
+)
+
+LLAMA_LAYERS = [
+    f"model.layers.{i}.{part}"
+    for i in range(2)
+    for part in (
+        *(f"self_attn.{x}_proj" for x in "qkvo"),
+        *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+    )
+]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_linear_is_every_layer_but_the_output_embedding(tied):
+    assert list(find_layers(tiny_llama(tied=tied))) == LLAMA_LAYERS
+
+
+def test_all_linear_finds_conv1d():
+    layers = find_layers(tiny_gpt2())
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert list(layers) == [f"transformer.h.{i}.{part}" for i in range(2) for part in parts]
+    assert all(is_conv1d(module) for module in layers.values())
+    assert linear_weight(layers["transformer.h.0.attn.c_attn"]).shape == (72, 24)
+
+
+def test_an_output_embedding_of_another_name_is_left_out():
+    model = PlainModel()
+    assert list(find_layers(model)) == ["q", "k", "out"]
+    model.get_output_embeddings = lambda: model.out
+    assert list(find_layers(model)) == ["q", "k"]
+    assert list(find_layers(model, ["out"])) == ["out"]  # unless asked for
+
+
+@pytest.mark.parametrize(
+    "target, wanted",
+    [
+        (["q_proj", "v_proj"], [n for n in LLAMA_LAYERS if n.endswith(("q_proj", "v_proj"))]),
+        (["self_attn.o_proj"], [n for n in LLAMA_LAYERS if n.endswith("o_proj")]),
+        (["model.layers.1.mlp.up_proj"], ["model.layers.1.mlp.up_proj"]),
+        (["model.layers.0.mlp.up_proj", "q_proj"], [LLAMA_LAYERS[0], LLAMA_LAYERS[5], LLAMA_LAYERS[7]]),
+        (r".*layers\.1\..*(q|down)_proj", [LLAMA_LAYERS[7], LLAMA_LAYERS[13]]),
+        (["lm_head"], ["lm_head"]),
+        (("q_proj",), [LLAMA_LAYERS[0], LLAMA_LAYERS[7]]),
+    ],
+)
+def test_target_modules(target, wanted):
+    assert list(find_layers(tiny_llama(), target)) == wanted
+
+
+@pytest.mark.parametrize("target", [["proj"], "q_proj", [], "model", ["embed_tokens"], ".*layers"])
+def test_no_match_says_what_there_is(target):
+    with pytest.raises(ValueError, match=r"matches no Linear or Conv1D layer; the model has .*'down_proj'.*'q_proj'"):
+        find_layers(tiny_llama(), target)
+
+
+def test_adapters_and_quantised_weights_are_refused():
+    import peft
+
+    adapted = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    for model in (adapted, adapted.get_base_model()):
+        with pytest.raises(TypeError, match=r"already carries adapters .*pass the base model"):
+            find_layers(model)
+    model = PlainModel()
+    model.k.weight = nn.Parameter(torch.zeros(8, 10, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"layer k: weight has dtype torch.int8.*without quantisation"):
+        find_layers(model)
+    assert list(find_layers(model, ["q"])) == ["q"]
+
+
+def test_base_model():
+    import peft
+
+    model = tiny_llama()
+    assert base_model(model) is model
+    assert base_model(peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))) is model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_tensor_fingerprint_depends_on_the_bits_only(dtype):
+    t = torch.randn(70, 90).to(dtype)
+    mark = tensor_fingerprint(t)
+    assert mark == tensor_fingerprint(t.clone())
+    assert mark == tensor_fingerprint(t.T.contiguous().T)  # other strides
+    buffer = torch.zeros(t.numel() + 1, dtype=dtype)
+    buffer[1:] = t.reshape(-1)
+    assert mark == tensor_fingerprint(buffer[1:].view(70, 90))  # unaligned, as in a flat buffer
+    for position in ((0, 0), (69, 89), (35, 1)):
+        changed = t.clone()
+        changed[position] = torch.nextafter(changed[position], changed.new_tensor(9.0))
+        assert mark != tensor_fingerprint(changed)
+    assert mark != tensor_fingerprint(t.flip(0)) and mark != tensor_fingerprint(t.flip(1))
+    assert mark != tensor_fingerprint(t.reshape(90, 70))
+    swapped = t.clone()
+    swapped[0, :2] = t[0, :2].flip(0)
+    assert mark != tensor_fingerprint(swapped)
+
+
+def test_tensor_fingerprint_of_odd_tensors():
+    kinds = [torch.zeros(()), torch.zeros(0), torch.zeros(0, 3), torch.zeros(3), torch.zeros(3).half()]
+    assert len({tensor_fingerprint(t) for t in kinds}) == len(kinds)
+    assert tensor_fingerprint(torch.tensor([1.0, 2.0])) != tensor_fingerprint(torch.tensor([2.0, 1.0]))
+    with pytest.raises(ValueError, match="on the meta device: load the model first"):
+        tensor_fingerprint(torch.zeros(2, device="meta"))
+
+
+def test_model_fingerprint_of_a_copy_and_of_changed_models():
+    model = tiny_llama(tied=True)
+    mine = ModelFingerprint.of(model, LLAMA_LAYERS)
+    mine.check(ModelFingerprint.of(copy.deepcopy(model), LLAMA_LAYERS), "the statistics")
+    mine.check(ModelFingerprint.of(tiny_llama(tied=True), LLAMA_LAYERS[3:5]), "the statistics")  # a subset
+
+    for part, where in [
+        ("model.layers.1.mlp.up_proj", r"layer model\.layers\.1\.mlp\.up_proj differs\. They"),
+        ("model.embed_tokens", "a weight outside the guarded layers differs"),
+        ("model.norm", "a weight outside the guarded layers differs"),
+    ]:
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.get_submodule(part).weight.view(-1)[7] += 1e-3
+        with pytest.raises(ValueError, match=f"the statistics belong to another model: {where}"):
+            mine.check(ModelFingerprint.of(other, LLAMA_LAYERS), "the statistics")
+    with pytest.raises(ValueError, match=r"layer model\.layers\.0\.self_attn\.q_proj differs \(and 13 more\)"):
+        mine.check(ModelFingerprint.of(tiny_llama(seed=1, tied=True), LLAMA_LAYERS), "the statistics")
+
+
+def test_fingerprint_of_tied_layers():
+    model = PlainModel(d=8)
+    model.k.weight = model.q.weight
+    mine = ModelFingerprint.of(model, ["q", "k"])
+    assert mine.layers["q"] == mine.layers["k"]
+    assert torch.equal(weight_of(model, "k"), linear_weight(model.k).double())

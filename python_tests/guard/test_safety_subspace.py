@@ -1,0 +1,112 @@
+import pytest
+import torch
+from guard_helpers import relative_error
+
+from guardspace_kernels.guard.safety_subspace import starting_factors, trailing_subspace
+
+SHAPES = [(20, 12), (12, 20), (16, 16)]  # tall, wide, square
+SCALES = [0.5, 1.0, 2.0, 8.0]
+
+
+def problem(d_out, d_in, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
+    X = torch.randn(3 * d_in, d_in, generator=generator, dtype=torch.float64) * torch.logspace(1, -1, d_in).double()
+    return W, X.T @ X
+
+
+def textbook(W, C, rank, damping):
+    """(U_r, σ_r, B₀A₀ for s = 1): thin SVD and explicit inverse."""
+    C_damped = C + damping * C.diagonal().mean() * torch.eye(C.shape[0], dtype=C.dtype)
+    U, sigma, Vh = torch.linalg.svd(W @ C_damped, full_matrices=False)
+    U, sigma, Vh = U[:, -rank:], sigma[-rank:], Vh[-rank:]
+    return U, sigma, U @ torch.diag(sigma) @ Vh @ torch.linalg.inv(C_damped)
+
+
+@pytest.mark.parametrize("init", ["balanced", "paper"])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_factors_equal_the_textbook_formula(shape, scale, init, rank):
+    W, C = problem(*shape)
+    U, sigma = trailing_subspace(W, C, rank, damping=0.01)
+    A0, B0, dead = starting_factors(W, U, sigma, scale, init)
+    U_true, sigma_true, product = textbook(W, C, rank, 0.01)
+    assert dead == 0
+    assert relative_error(sigma, sigma_true) < 1e-10
+    assert relative_error(U @ U.T, U_true @ U_true.T) < 1e-8
+    assert relative_error(scale * B0 @ A0, product) < 1e-8
+    assert relative_error(scale * B0 @ A0, U @ U.T @ W) < 1e-12
+    assert relative_error(U.T @ U, torch.eye(rank)) < 1e-12
+    assert B0.shape == (shape[0], rank) and A0.shape == (rank, shape[1])
+    assert torch.all(A0.norm(dim=1) > 1e-3)  # alive: trailing columns of a full U of a tall W would give zeros
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_norms_of_the_two_inits(shape, scale):
+    W, C = problem(*shape)
+    U, sigma = trailing_subspace(W, C, 4)
+    A0, B0, _ = starting_factors(W, U, sigma, scale, "balanced")
+    torch.testing.assert_close(A0.norm(dim=1), B0.norm(dim=0), rtol=1e-12, atol=0)
+    A0, B0, _ = starting_factors(W, U, sigma, scale, "paper")
+    torch.testing.assert_close(B0.norm(dim=0), (sigma / scale).sqrt(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
+def test_the_energy_is_the_smallest_possible(shape, damping):
+    W, C = problem(*shape)
+    M = W @ C + damping * C.diagonal().mean() * W
+    U, sigma = trailing_subspace(W, C, 5, damping)
+    values = torch.linalg.svdvals(M)
+    torch.testing.assert_close(sigma, values[-5:], rtol=1e-8, atol=0)
+    torch.testing.assert_close((U.T @ M).square().sum(), values[-5:].square().sum(), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_lower_precision_are_taken_as_they_are(dtype):
+    W, C = problem(16, 16)
+    W, C = W.to(dtype), C.float()
+    U, sigma = trailing_subspace(W, C, 4)
+    A0, B0, _ = starting_factors(W, U, sigma, 2.0, "balanced")
+    assert relative_error(2.0 * B0 @ A0, textbook(W.double(), C.double(), 4, 0.01)[2]) < 1e-8
+
+
+def test_a_bfloat16_weight_has_no_dead_rows():
+    # Its trailing rows are smaller than bfloat16's epsilon times the whole weight, and yet not rounding noise.
+    torch.manual_seed(0)
+    W = torch.randn(300, 300).bfloat16()
+    U, sigma = trailing_subspace(W, torch.eye(300), 8)
+    assert starting_factors(W, U, sigma, 2.0, "balanced")[2] == 0
+
+
+@pytest.mark.parametrize("init", ["balanced", "paper"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("alive", [0, 2])
+def test_dead_rows_of_a_rank_deficient_weight(shape, init, alive):
+    """rank W = min(shape) − 4 + alive, adapter rank 4: 4 − alive rows carry no weight."""
+    W, C = problem(*shape)
+    left, S, right = torch.linalg.svd(W, full_matrices=False)
+    deficient = min(shape) - 4 + alive
+    W = left[:, :deficient] @ torch.diag(S[:deficient]) @ right[:deficient]
+    U, sigma = trailing_subspace(W, C, 4)
+    A0, B0, dead = starting_factors(W, U, sigma, 2.0, init)
+    assert dead == 4 - alive
+    zero = A0.norm(dim=1) == 0
+    assert int(zero.sum()) == dead
+    assert torch.isfinite(B0).all() and torch.all(B0.norm(dim=0) > 1e-3)  # kept: such a row can still learn
+    assert float((2.0 * B0 @ A0 - U @ U.T @ W).norm() / W.norm()) < 1e-10
+
+
+def test_a_zero_weight_starts_at_zero_with_finite_factors():
+    W = torch.zeros(6, 6, dtype=torch.float64)
+    U, sigma = trailing_subspace(W, torch.eye(6), 2)
+    A0, B0, dead = starting_factors(W, U, sigma, 2.0, "balanced")
+    assert dead == 2 and A0.abs().max() == 0 and torch.isfinite(B0).all() and torch.all(B0.norm(dim=0) > 0)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 13])
+def test_rank_out_of_range(rank):
+    with pytest.raises(ValueError, match=rf"rank must be from 1 to min\(d_out, d_in\) = 12, got {rank}"):
+        trailing_subspace(*problem(20, 12), rank)

@@ -1,0 +1,371 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+from guard_helpers import (
+    MODELS,
+    PROMPTS,
+    PlainModel,
+    batch_of,
+    collect,
+    hand_made,
+    relative_error,
+    tiny_gpt2,
+    tiny_llama,
+)
+
+import guardspace_kernels as gk
+from guardspace_kernels.guard.files import save_tensors
+
+
+def check_equal(stats, made, tolerance=2e-5):
+    """The statistics against (X, C, first inputs) made by hand."""
+    assert set(stats.layers) == set(made)
+    for name, (X, C, firsts) in made.items():
+        entry = stats.for_layer(name)
+        assert entry.tokens == X.shape[0], name
+        assert relative_error(entry.covariance, C) < tolerance, name
+        assert torch.equal(entry.covariance, entry.covariance.T)
+        if len(entry.sinks):  # each first input is there, and nothing else is
+            distances = torch.cdist(entry.sinks.double(), firsts) / firsts.norm(dim=1)
+            assert distances.min(dim=0).values.max() < 2e-3 and distances.min(dim=1).values.max() < 2e-3
+
+
+def same_statistics(a, b, tolerance=2e-5):
+    assert [e.layers for e in a.inputs] == [e.layers for e in b.inputs]
+    for x, y in zip(a.inputs, b.inputs, strict=True):
+        assert (x.tokens, x.sink_tokens, x.sinks.shape) == (y.tokens, y.sink_tokens, y.sinks.shape)
+        assert relative_error(x.covariance, y.covariance) < tolerance
+        assert relative_error(x.sinks, y.sinks) < 1e-3
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_equal_to_hand_made_covariances_whatever_the_padding(kind, side):
+    model = MODELS[kind]()
+    stats = collect(model, [batch_of(side=side)])
+    check_equal(stats, hand_made(model, PROMPTS, stats.layers))
+    assert stats.prompts == len(PROMPTS)
+    assert all(entry.sink_tokens == len(PROMPTS) for entry in stats.inputs)
+    assert all(len(entry.sinks) == 2 for entry in stats.inputs)  # prompts begin with one of two tokens
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_one_batch_or_many(kind):
+    model = MODELS[kind]()
+    one = collect(model, [batch_of()])
+    many = collect(model, [batch_of(PROMPTS[:1]), batch_of(PROMPTS[1:4], "left", 13), batch_of(PROMPTS[4:])])
+    same_statistics(one, many)
+
+
+def test_left_and_right_padding_agree_to_rounding_in_float64():
+    for kind in ("llama", "gpt2"):
+        model = MODELS[kind](dtype=torch.float64)
+        right, left = (collect(model, [batch_of(side=side)], dtype=torch.float64) for side in ("right", "left"))
+        same_statistics(right, left, 1e-12)
+        check_equal(right, hand_made(model, PROMPTS, right.layers), 1e-12)
+        assert all(entry.covariance.dtype == torch.float64 for entry in right.inputs)
+
+
+def test_no_mask_counts_every_token():
+    model = tiny_llama()
+    prompts = [PROMPTS[0], PROMPTS[0][::-1]]
+    stats = collect(model, [{"input_ids": torch.tensor(prompts)}])
+    check_equal(stats, hand_made(model, prompts, stats.layers))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_mask_with_holes_is_the_prompt_without_them(kind):
+    model = MODELS[kind]()
+    ids, mask = torch.tensor([[50, 5, 9, 50, 50, 3, 7, 50]]), torch.tensor([[0, 1, 1, 0, 0, 1, 1, 0]])
+    holes = {"input_ids": ids, "attention_mask": mask}
+    stats = collect(model, [holes])
+    check_equal(stats, hand_made(model, [[5, 9, 3, 7]], stats.layers))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "plain"])
+def test_without_a_separate_sink_every_token_counts(kind):
+    model = MODELS[kind]()
+    stats = collect(model, separate_sink=False)
+    check_equal(stats, hand_made(model, PROMPTS, stats.layers, separate_sink=False))
+    assert all(len(entry.sinks) == 0 and entry.sink_tokens == 0 for entry in stats.inputs)
+    assert stats.inputs[0].tokens == sum(map(len, PROMPTS))
+
+
+def test_bfloat16_activations_are_summed_in_float32():
+    model = tiny_llama(dtype=torch.bfloat16)
+    prompt = torch.arange(2, 50)
+    stats = collect(model, [{"input_ids": prompt[None]}])
+    check_equal(stats, hand_made(model, [prompt.tolist()], stats.layers), 1e-6)
+
+
+def test_other_batch_entries_reach_the_model():
+    model = tiny_llama()
+    batch = batch_of([PROMPTS[0]])
+    embedded = {"inputs_embeds": model.model.embed_tokens(batch["input_ids"]).detach()}
+    same_statistics(collect(model, [batch]), collect(model, [{**embedded, "attention_mask": batch["attention_mask"]}]))
+    same_statistics(collect(model, [batch]), collect(model, [{**batch, "labels": batch["input_ids"]}]))
+
+
+def test_layers_that_read_one_tensor_share_one_entry():
+    groups = [e.layers for e in collect(tiny_llama()).inputs[:4]]
+    layer = "model.layers.0."
+    assert groups == [
+        [f"{layer}self_attn.{x}_proj" for x in "qkv"],
+        [f"{layer}self_attn.o_proj"],
+        [f"{layer}mlp.gate_proj", f"{layer}mlp.up_proj"],
+        [f"{layer}mlp.down_proj"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "reads, groups",
+    [("same", [["q", "k"], ["out"]]), ("other", [["q"], ["k"], ["out"]]), ("inplace", [["q"], ["k"], ["out"]])],
+)
+def test_sharing_follows_the_tensors_not_the_names(reads, groups):
+    model = PlainModel(reads)
+    stats = collect(model, [batch_of(), batch_of(PROMPTS[:2])])
+    assert [e.layers for e in stats.inputs] == groups
+    check_equal(stats, hand_made(model, [*PROMPTS, *PROMPTS[:2]], stats.layers))
+
+
+def test_layers_that_stop_sharing_are_refused():
+    with pytest.raises(RuntimeError, match="layer k read the same tensor as q in the first batch but another one now"):
+        collect(PlainModel("flip"), [batch_of(), batch_of()])
+
+
+@pytest.mark.parametrize("target, count", [(["q_proj", "v_proj"], 4), (r".*layers\.1\..*", 7), ("all-linear", 14)])
+def test_target_modules(target, count):
+    model = tiny_llama(tied=True)
+    stats = collect(model, target_modules=target)
+    assert len(stats.layers) == count and "lm_head" not in stats.layers
+    check_equal(stats, hand_made(model, PROMPTS, stats.layers))
+
+
+def test_distinct_sinks():
+    model = PlainModel()
+    prompts = [[1, 5], [2, 5], [1, 6], [3, 5]]
+    with torch.no_grad():
+        model.embed.weight[2] = model.embed.weight[1] * (1 + 1e-5)  # rounding
+        model.embed.weight[3] = model.embed.weight[1] * 1.01
+    assert len(collect(model, [batch_of(prompts)]).for_layer("q").sinks) == 2
+    assert len(collect(model, [batch_of([p]) for p in prompts]).for_layer("q").sinks) == 2
+    model = model.to(torch.bfloat16)  # there 1% is rounding
+    stats = collect(model, [batch_of([p]) for p in prompts])
+    assert len(stats.for_layer("q").sinks) == 1
+    assert len(stats.merge(collect(model, [batch_of(prompts[3:])])).for_layer("q").sinks) == 1
+    assert stats.for_layer("q").sink_tokens == 4
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_answers_are_generated_and_counted(kind, side):
+    model = MODELS[kind](dtype=torch.float64)
+    whole = [model.generate(torch.tensor([p]), max_new_tokens=5, do_sample=False)[0].tolist() for p in PROMPTS]
+    batches = [batch_of(PROMPTS[:3], side), batch_of(PROMPTS[3:], side)]
+    stats = collect(model, batches, answer_tokens=5, dtype=torch.float64)
+    assert stats.inputs[0].tokens == sum(map(len, PROMPTS)) + 4 * len(PROMPTS)
+    check_equal(stats, hand_made(model, whole, stats.layers), 1e-10)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_answers_end_with_their_first_end_of_sequence_token(as_list):
+    model = tiny_llama(dtype=torch.float64)
+    answers = [
+        model.generate(torch.tensor([p]), max_new_tokens=6, do_sample=False)[0, len(p) :].tolist() for p in PROMPTS
+    ]
+    counts = {token: [a.index(token) + 1 if token in a else 6 for a in answers] for token in range(60)}
+    eos = max(counts, key=lambda token: len(set(counts[token])))
+    assert len(set(counts[eos])) > 1, "the answers must differ in length for this test to test anything"
+    model.generation_config.eos_token_id = [59, eos] if as_list else eos
+    stats = collect(model, answer_tokens=6, dtype=torch.float64)
+    whole = [[*p, *a[:n]] for p, a, n in zip(PROMPTS, answers, counts[eos], strict=True)]
+    check_equal(stats, hand_made(model, whole, stats.layers), 1e-10)
+
+
+def test_answers_need_a_model_that_generates_and_plain_batches():
+    with pytest.raises(TypeError, match=r"answer_tokens needs a model with \.generate\(\), got PlainModel"):
+        collect(PlainModel(), answer_tokens=2)
+    extra = {**batch_of(), "position_ids": torch.zeros(5, 9, dtype=torch.long)}
+    with pytest.raises(ValueError, match=r"input_ids and attention_mask alone, got also \['position_ids'\]"):
+        collect(tiny_llama(), [extra], answer_tokens=2)
+    with pytest.raises(ValueError, match="answer_tokens must be 0 or more, got -1"):
+        collect(tiny_llama(), answer_tokens=-1)
+
+
+def hooks_of(model):
+    return {name: list(m._forward_pre_hooks) + list(m._forward_hooks) for name, m in model.named_modules()}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_is_left_as_it_was(training, fails):
+    model = tiny_llama().train(training)
+    model.model.layers[0].mlp.train(not training)  # a part in another mode
+    seen = []
+    model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda *_: seen.append(1))  # somebody else's
+
+    def fail(*_):
+        if fails and len(seen) == 2:
+            raise RuntimeError("out of memory")
+
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(fail)
+    modes = {name: m.training for name, m in model.named_modules()}
+    hooks, state = hooks_of(model), copy.deepcopy(model.state_dict())
+    if fails:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            collect(model, [batch_of(), batch_of()])
+    else:
+        collect(model, [batch_of(), batch_of()])
+    assert hooks_of(model) == hooks and len(seen) == 2
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_dropout_is_off_while_collecting():
+    model = tiny_gpt2().train()  # dropout 0.1
+    stats = collect(model)
+    check_equal(stats, hand_made(model, PROMPTS, stats.layers))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_activations_name_layer_and_batch(value):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3] = value
+    with pytest.raises(ValueError, match=r"batch 0: the input of layer model\.layers\.1\.mlp\.down_proj holds non-fin"):
+        collect(model)
+    model = PlainModel()
+    with torch.no_grad():
+        model.embed.weight[13] = value
+    for prompt in ([5, 13], [13, 5]):  # as any token, and as the first one
+        with pytest.raises(ValueError, match="batch 1: the input of layer q holds non-finite values"):
+            collect(model, [batch_of(PROMPTS[:3]), batch_of([prompt])])
+
+
+def test_non_finite_padding_counts_for_nothing():
+    model = PlainModel()
+    clean = collect(model)
+    with torch.no_grad():
+        model.embed.weight[50] = float("nan")
+    same_statistics(collect(model), clean)
+
+
+IDS = torch.ones(2, 3, dtype=torch.long)
+PADDED = torch.tensor([[1, 1, 0], [0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    "batches, error, match",
+    [
+        ([], ValueError, "batches is empty"),
+        ([{"input_ids": IDS[:0]}], ValueError, "batches is empty"),
+        ([{"input_ids": IDS, "attention_mask": PADDED}], ValueError, "batch 0: prompt 1 is all padding"),
+        ([batch_of(), {"input_ids": IDS[:, :0]}], ValueError, "batch 1: prompt 0 is all padding"),
+        ([{"input_ids": IDS, "attention_mask": IDS[:, :2]}], ValueError, r"mask \(2, 2\) and input_ids \(2, 3\)"),
+        ([{"input_ids": IDS[0]}], ValueError, r"must be \(prompts, tokens\), got shape \(3,\)"),
+        ([{"labels": IDS}], ValueError, r"batch 0 needs input_ids or an attention_mask; it has \['labels'\]"),
+        ({"input_ids": IDS}, TypeError, r"batch 0 must be a mapping .* got str; pass a list of such batches"),
+        ([IDS], TypeError, r"batch 0 must be a mapping .* got Tensor"),
+    ],
+)
+def test_unusable_batches(batches, error, match):
+    with pytest.raises(error, match=match):
+        collect(PlainModel(), batches)
+
+
+def test_unusable_arguments():
+    with pytest.raises(TypeError, match=r"dtype must be float32 or float64, got torch\.float16"):
+        collect(PlainModel(), dtype=torch.float16)
+    with pytest.raises(ValueError, match="matches no Linear or Conv1D layer"):
+        collect(PlainModel(), target_modules=["query"])
+    model = PlainModel()
+    model.unused = torch.nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="layer unused was never reached by the forward pass; leave it out"):
+        collect(model)
+    assert collect(model, target_modules=["q", "k"]).layers == ["q", "k"]
+
+
+@pytest.mark.parametrize("layout", ["flat", "transposed", "pooled"])
+def test_inputs_of_other_shapes(layout):
+    class Reshaped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.fc = torch.nn.Embedding(60, 6), torch.nn.Linear(6, 6)
+
+        def forward(self, input_ids, attention_mask=None):
+            h = self.embed(input_ids)
+            return self.fc({"flat": h.reshape(-1, 6), "transposed": h.transpose(0, 1), "pooled": h.mean(dim=1)}[layout])
+
+    model = Reshaped()
+    if layout == "flat":
+        stats = collect(model)
+        check_equal(stats, hand_made(model, PROMPTS, ["fc"]))
+    else:  # (tokens, prompts, d) has as many rows, in another order: the mask would hit the wrong ones
+        with pytest.raises(ValueError, match=r"layer fc: input of shape .* does not match the attention mask \(5, 9\)"):
+            collect(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "plain"])
+def test_save_and_load(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stats = collect(MODELS[kind]())
+    stats.save("statistics.safetensors")  # a bare name
+    loaded = gk.CalibrationStatistics.load("statistics.safetensors")
+    assert loaded.fingerprint == stats.fingerprint and loaded.prompts == stats.prompts
+    assert loaded.layers == stats.layers and repr(loaded) == repr(stats)
+    for a, b in zip(stats.inputs, loaded.inputs, strict=True):
+        assert (a.layers, a.tokens, a.sink_tokens) == (b.layers, b.tokens, b.sink_tokens)
+        assert torch.equal(a.covariance, b.covariance) and torch.equal(a.sinks, b.sinks)
+
+
+def test_load_refuses_other_files(tmp_path):
+    path = tmp_path / "s.safetensors"
+    with pytest.raises(FileNotFoundError, match="a calibration statistics file was expected"):
+        gk.CalibrationStatistics.load(path)
+    save_tensors(path, "guard plan", {"x": torch.ones(1)}, {})
+    with pytest.raises(ValueError, match="is not a calibration statistics file of this library but a guard plan file"):
+        gk.CalibrationStatistics.load(path)
+    collect(PlainModel()).save(path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        gk.CalibrationStatistics.load(path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "plain"])
+def test_merge_equals_collecting_both(kind):
+    model = MODELS[kind]()
+    first, second, both = (collect(model, [batch_of(p)]) for p in (PROMPTS[:2], PROMPTS[2:], PROMPTS))
+    merged = first.merge(second)
+    same_statistics(merged, both)
+    assert merged.prompts == len(PROMPTS) and merged.layers == both.layers
+    check_equal(merged, hand_made(model, PROMPTS, both.layers))
+    assert first.prompts == 2 and first.inputs[0].sink_tokens == 2  # neither is changed
+
+
+def test_merge_refuses_other_models_and_layers():
+    mine = collect(PlainModel())
+    with pytest.raises(ValueError, match="the statistics to merge belong to another model: layer q differs"):
+        mine.merge(collect(PlainModel(seed=1)))
+    model = PlainModel()
+    subset = collect(model, target_modules=["q"])
+    for one, other in ((mine, subset), (subset, mine)):
+        with pytest.raises(ValueError, match=r"to merge (cover other layers|belong to another model: layer k)"):
+            one.merge(other)
+    regrouped = collect(PlainModel("other"))
+    with pytest.raises(ValueError, match="cover other layers, or group them otherwise"):
+        mine.merge(regrouped)
+
+
+def test_for_layer_and_repr():
+    stats = collect(PlainModel())
+    with pytest.raises(KeyError, match="no statistics for layer v; there are 3"):
+        stats.for_layer("v")
+    counted = sum(map(len, PROMPTS)) - len(PROMPTS)
+    assert repr(stats) == f"CalibrationStatistics(3 layers, 2 distinct inputs, 5 prompts, {counted} tokens)"
+    assert {f.name for f in dataclasses.fields(stats.inputs[0])} == {
+        "layers", "covariance", "tokens", "sinks", "sink_tokens"
+    }  # fmt: skip

@@ -1,0 +1,190 @@
+"""null_project_ against G P with a dense float64 projector."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import DTYPES, assert_as_exact_as_plain, dense_projector, error, orthonormal
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+
+from guardspace_kernels.ops import null_project_
+
+OPS = torch.ops.guardspace
+D, K = 31, 9
+
+LAYOUTS = {
+    "ragged": lambda: torch.randn(7, D, dtype=torch.float64),
+    "one row": lambda: torch.randn(1, D, dtype=torch.float64),
+    "one vector": lambda: torch.randn(D, dtype=torch.float64),
+    "3-D": lambda: torch.randn(3, 5, D, dtype=torch.float64),
+    "no row": lambda: torch.randn(0, D, dtype=torch.float64),
+    "column-major": lambda: torch.randn(D, 7, dtype=torch.float64).T,
+    "every second column": lambda: torch.randn(7, 2 * D, dtype=torch.float64)[:, ::2],
+}
+
+
+def with_strides_of(source, dtype):
+    """A copy in ``dtype`` whose memory is laid out, holes included, as that of ``source``."""
+    copy = torch.empty_strided(source.shape, source.stride(), dtype=dtype)
+    return copy.copy_(source)
+
+
+@pytest.mark.parametrize("basis_dtype", [None, torch.float32], ids=["basis in dtype of g", "float32 basis"])
+@pytest.mark.parametrize("complement", [True, False], ids=["range basis", "null basis"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_the_dense_projection(dtype, layout, complement, basis_dtype):
+    g = with_strides_of(LAYOUTS[layout](), dtype)
+    basis = orthonormal(D, K, basis_dtype or dtype)
+    P = dense_projector(basis, complement, D)
+    truth, plain = g.double() @ P, g @ P.to(dtype)
+    assert null_project_(g, basis, complement) is None
+    assert_as_exact_as_plain(g, plain, truth)
+
+
+@pytest.mark.parametrize("complement", [True, False], ids=["range basis", "null basis"])
+@pytest.mark.parametrize("k", [0, D])
+def test_an_empty_and_a_full_basis(k, complement):
+    g = torch.randn(4, D, dtype=torch.float64)
+    before = g.clone()
+    null_project_(g, orthonormal(D, k), complement)
+    expected = before if (k == D) != complement else torch.zeros_like(g)
+    torch.testing.assert_close(g, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("precision", ["highest", "medium", "bf16 for one backend"])
+def test_rounding_happens_once_whatever_the_settings(precision, autocast, matmul_precision):
+    g, Q = torch.randn(64, 192), orthonormal(192, 80, torch.float32)
+    expected = g.clone()
+    null_project_(expected, Q)
+    assert error(expected, g.double() @ dense_projector(Q, True, 192)) < 1e-6
+    matmul_precision(precision)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        null_project_(g, Q)
+    assert torch.equal(g, expected)
+
+
+def test_nothing_beyond_the_view_is_written():
+    storage = torch.ones(6, 2 * D)
+    null_project_(storage[1:4, ::2], orthonormal(D, K, torch.float32))
+    untouched = torch.ones(6, 2 * D).bool()
+    untouched[1:4, ::2] = False
+    assert (storage[untouched] == 1).all() and (storage[~untouched] != 1).any()
+
+
+@pytest.mark.parametrize("complement", [True, False, [True, False, True]], ids=str)
+def test_a_list_equals_one_call_each(complement):
+    gs = [torch.randn(3, D), torch.randn(2, 5, 17).bfloat16(), torch.randn(D, dtype=torch.float64)]
+    bases = [orthonormal(g.shape[-1], 4, torch.float32) for g in gs]
+    singly = [g.clone() for g in gs]
+    for i, (g, basis) in enumerate(zip(singly, bases, strict=True)):
+        null_project_(g, basis, complement if isinstance(complement, bool) else complement[i])
+    null_project_(gs, bases, complement)
+    assert all(torch.equal(g, one) for g, one in zip(gs, singly, strict=True))
+
+
+def test_an_empty_list_is_no_error():
+    null_project_([], [])
+
+
+@pytest.mark.parametrize("as_list", [False, True], ids=["one", "list"])
+def test_a_leaf_that_requires_grad_is_refused_in_grad_mode(as_list):
+    g, basis = torch.nn.Parameter(torch.randn(3, D)), orthonormal(D, K, torch.float32)
+    arguments = ([torch.zeros(1, D), g], [basis, basis]) if as_list else (g, basis)
+    before = g.detach().clone()
+    with pytest.raises(RuntimeError, match=r"null_project_: .*requires grad.*torch\.no_grad\(\).*\.grad"):
+        null_project_(*arguments)
+    assert torch.equal(g, before)
+    with torch.no_grad():
+        null_project_(*arguments)
+    assert error(g.detach(), before.double() @ dense_projector(basis, True, D)) < 1e-6
+
+
+def test_a_basis_that_requires_grad_leaves_g_a_constant():
+    g = torch.randn(3, D)
+    null_project_(g, orthonormal(D, K, torch.float32).requires_grad_())
+    assert not g.requires_grad
+
+
+def test_autograd_notices_the_write():
+    g = torch.randn(3, D)
+    y = (g * torch.ones(3, D, requires_grad=True)).sum()
+    null_project_(g, orthonormal(D, K, torch.float32))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+SAMPLES = {
+    "range basis": lambda: (torch.randn(4, D), orthonormal(D, K, torch.float32)),
+    "null basis": lambda: (torch.randn(4, D), orthonormal(D, K, torch.float32), False),
+    "float32 basis beside half": lambda: (torch.randn(4, D).bfloat16(), orthonormal(D, K, torch.float32)),
+    "basis with grad": lambda: (torch.randn(4, D), orthonormal(D, K, torch.float32).requires_grad_()),
+    "no row": lambda: (torch.randn(0, D), orthonormal(D, K, torch.float32)),
+    "strided": lambda: (torch.randn(D, 4).T, orthonormal(D, K, torch.float32)),
+}
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_passes_opcheck(sample):
+    opcheck(OPS.null_project_.default, SAMPLES[sample]())
+
+
+def test_the_list_form_passes_opcheck():
+    gs = [torch.randn(4, D), torch.randn(2, 3, 7)]
+    opcheck(
+        OPS.null_project_list_.default, (gs, [orthonormal(g.shape[-1], 3, torch.float32) for g in gs], [True, False])
+    )
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_to_one_graph_for_every_row_count(backend):
+    counter = CompileCounterWithBackend(backend)
+    basis = orthonormal(D, K, torch.float32)
+
+    def step(g, more):
+        g = g * 2
+        null_project_(g, basis)
+        null_project_([more, g], [basis, basis], [False, True])
+        return g + 1
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (5, 8):
+        g, more = torch.randn(rows, D), torch.randn(rows, 2, D)
+        expected_more = more.clone()
+        expected = step(g, expected_more)
+        torch.testing.assert_close(compiled(g, more), expected)
+        torch.testing.assert_close(more, expected_more)
+    assert counter.frame_count == 1
+
+
+Q3 = torch.eye(3)[:, :2]
+
+
+@pytest.mark.parametrize(
+    "arguments, exception, message",
+    [
+        ((torch.ones(2, 3).long(), Q3), TypeError, r": g must be float64.*got torch.int64 of shape \(2, 3\)"),
+        ((torch.tensor(1.0), Q3), ValueError, r": g must be \(\.\.\., d\), got a scalar"),
+        ((torch.ones(2, 3), Q3.long()), TypeError, r": basis must be float64.*got torch.int64 of shape \(3, 2\)"),
+        ((torch.ones(2, 4), Q3), ValueError, r": basis must be \(d, k\) with d = 4 .* of g.*got shape \(3, 2\)"),
+        ((torch.ones(2, 3), torch.ones(3)), ValueError, r": basis must be \(d, k\) with d = 3 .*got shape \(3,\)"),
+        ((torch.ones(2, 3), torch.ones(3, 4)), ValueError, r": basis must be \(d, k\) .*k <= d, got shape \(3, 4\)"),
+        ((torch.ones(2, 3), torch.ones(3, 2, device="meta")), ValueError, ": basis is on meta but g is on cpu"),
+        ((torch.ones(2, 3), [Q3]), TypeError, ": with one tensor g, basis must be one tensor and complement one bool"),
+        ((torch.ones(2, 3), Q3, [True]), TypeError, ": with one tensor g, basis must be one tensor and complement"),
+        (
+            ([torch.ones(2, 3)], Q3),
+            TypeError,
+            r": with a list g, basis must be a list, got one tensor of shape \(3, 2\)",
+        ),
+        (([torch.ones(2, 3)], [Q3, Q3]), ValueError, ": .* must be lists of one length, got 1, 2 and 1"),
+        (([torch.ones(2, 3)], [Q3], [True, True]), ValueError, ": .* must be lists of one length, got 1, 1 and 2"),
+        (([torch.ones(2, 3), torch.ones(2, 4)], [Q3, Q3]), ValueError, r"\[1\]: basis must be \(d, k\) with d = 4"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(arguments, exception, message):
+    with pytest.raises(exception, match=f"null_project_{message}"):
+        null_project_(*arguments)

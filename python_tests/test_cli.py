@@ -1,0 +1,143 @@
+"""The guardspace command and its environment report."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+import guardspace_kernels as gk
+from guardspace_kernels import dispatch, env_report
+from guardspace_kernels.cli import main
+
+
+def backend_rows(report):
+    """(op, backend) -> the words after them."""
+    rows = (line.split(maxsplit=3) for line in report.splitlines())
+    return {(row[0], row[1]): row[2:] for row in rows if len(row) > 3 and row[0] in dispatch.OPS}
+
+
+@pytest.fixture
+def reference_only(monkeypatch):
+    references = {key: value for key, value in dispatch._registry.items() if key[1] == "reference"}
+    monkeypatch.setattr(dispatch, "_registry", references)
+
+
+def test_env_prints_one_page_of_versions_features_and_backends(capsys):
+    assert main(["env"]) == 0
+    report = capsys.readouterr().out
+    assert len(report.splitlines()) < 60
+    lines = {line[:20].rstrip(): line[21:] for line in report.splitlines()}
+    assert lines["guardspace_kernels"] == gk.__version__
+    assert lines["torch"].startswith(f"{torch.__version__}, CUDA")
+    assert lines["GUARDSPACE_BACKEND"] == "not set (automatic)"
+    assert {"python", "cpu", "torch cpu level", "peft", "transformers", "triton"} <= set(lines)
+    assert set(backend_rows(report)) == {(op, backend) for op in dispatch.OPS for backend in dispatch.BACKENDS}
+
+
+def test_env_says_why_a_backend_is_not_used(reference_only):
+    rows = backend_rows(env_report.environment_report())
+    for op in dispatch.OPS:
+        assert rows[op, "reference"] == ["used", "registered"]
+        assert rows[op, "triton"] == ["-", f"this build has no triton implementation of {op}"]
+
+
+def test_env_tells_a_preferred_backend_from_a_requested_one(reference_only):
+    dispatch.register("covariance", "cpu")
+    rows = backend_rows(env_report.environment_report())
+    assert rows["covariance", "cpu"][0] == "used"
+    assert rows["covariance", "reference"] == ["-", "registered, but cpu is preferred or requested"]
+    assert rows["null_projection", "reference"][0] == "used"
+    with gk.use_backend("reference"):
+        rows = backend_rows(env_report.environment_report())
+    assert rows["covariance", "reference"][0] == "used"
+    assert rows["covariance", "cpu"] == ["-", "registered, but reference is preferred or requested"]
+
+
+def test_env_still_reports_when_the_requested_backend_does_not_exist(monkeypatch):
+    monkeypatch.setenv("GUARDSPACE_BACKEND", "tpu")
+    report = env_report.environment_report()
+    assert "GUARDSPACE_BACKEND must be 'auto' or one of" in report and "got 'tpu'" in report
+
+
+def test_env_reports_packages_that_are_missing(monkeypatch):
+    monkeypatch.setattr(env_report, "_PACKAGES", ("no-such-package",))
+    assert "no-such-package      not installed" in env_report.environment_report()
+
+
+def test_cpu_flags_come_from_the_kernel_or_are_unknown(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise FileNotFoundError
+
+    assert set(env_report.cpu_flags()) <= set(env_report._CPU_FLAGS)
+    monkeypatch.setattr("builtins.open", refuse)
+    assert env_report.cpu_flags() == []
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--help"], ["guardspace", "env", "demo"]),
+        (["demo", "--help"], ["--quick", "--out", "--seed", "--check", "PyPI"]),
+    ],
+)
+def test_help_names_every_command_and_option(arguments, words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    out = capsys.readouterr().out
+    assert exit.value.code == 0 and all(word in out for word in words)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out.strip() == gk.__version__
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["demo", "--seed", "many"]], ids=str)
+def test_bad_arguments_end_with_usage_and_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2 and "usage: guardspace" in capsys.readouterr().err
+
+
+def _without(monkeypatch, dependency):
+    """Makes the import of the demo fail as if ``dependency`` were not installed."""
+
+    def find_spec(name, _path=None, _target=None):
+        if name == "guardspace_kernels.demo.experiment":
+            raise ModuleNotFoundError(f"No module named {dependency!r}", name=dependency)
+
+    monkeypatch.delitem(sys.modules, "guardspace_kernels.demo.experiment", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=find_spec), *sys.meta_path])
+
+
+@pytest.mark.parametrize("dependency", ["matplotlib", "yaml"])
+def test_demo_without_its_extra_says_what_to_install(dependency, monkeypatch, capsys):
+    _without(monkeypatch, dependency)
+    assert main(["demo"]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"guardspace demo needs {dependency}: install the extra with pip install 'guardspace-kernels[demo]'\n"
+    )
+
+
+def test_demo_does_not_blame_the_extra_for_a_broken_installation(monkeypatch):
+    _without(monkeypatch, "guardspace_kernels.demo.lost")
+    with pytest.raises(ModuleNotFoundError, match=r"guardspace_kernels\.demo\.lost"):
+        main(["demo"])
+
+
+@pytest.mark.parametrize("claims, check, status", [([], True, 0), (["lost"], True, 1), (["lost"], False, 0)])
+def test_demo_passes_its_options_on_and_checks_the_claims(claims, check, status, monkeypatch, capsys):
+    calls = []
+    experiment, report = ModuleType("experiment"), ModuleType("report")
+    experiment.run_demo = lambda out, *, quick, seed: calls.append((out, quick, seed)) or "result"
+    report.failed_claims = lambda result: claims if result == "result" else ["wrong result"]
+    monkeypatch.setitem(sys.modules, "guardspace_kernels.demo.experiment", experiment)
+    monkeypatch.setitem(sys.modules, "guardspace_kernels.demo.report", report)
+    assert main(["demo", "--quick", "--out", "there", "--seed", "3", *(["--check"] if check else [])]) == status
+    assert calls == [("there", True, 3)]
+    assert capsys.readouterr().err == "".join(f"failed: {claim}\n" for claim in claims)

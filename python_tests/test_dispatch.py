@@ -1,0 +1,184 @@
+"""The choice of a backend: preference, predicates, the environment variable and the context manager."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import guardspace_kernels as gk
+from guardspace_kernels import dispatch
+from guardspace_kernels.ops import covariance_update_, null_project_, projected_lora, symmetrize_
+
+BASIS = torch.eye(3)[:, :1]
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    """The reference alone, in a registry that is thrown away."""
+    references = {key: value for key, value in dispatch._registry.items() if key[1] == "reference"}
+    monkeypatch.setattr(dispatch, "_registry", references)
+    return references
+
+
+@pytest.fixture
+def fake():
+    """A preferred backend that runs null_projection for float32 only, and writes 7."""
+
+    def accepts(g, basis):
+        return (True, "") if g.dtype == torch.float32 else (False, f"g is {g.dtype}, only float32 is built")
+
+    dispatch.register("null_projection", "triton", accepts, null_project_=lambda g, basis, complement: g.fill_(7))
+
+
+def result(dtype=torch.float32):
+    g = torch.ones(2, 3, dtype=dtype)
+    null_project_(g, BASIS)
+    return g[0].tolist()
+
+
+REFERENCE, FAKE = [0, 1, 1], [7, 7, 7]
+
+
+def test_every_op_has_a_reference(registry):
+    assert set(registry) == {(op, "reference") for op in dispatch.OPS}
+    for op in dispatch.OPS:
+        assert dispatch.can_use(op, backend="reference")[0]
+
+
+def test_the_preferred_backend_runs_what_it_accepts(fake):
+    assert result() == FAKE
+    assert result(torch.float64) == REFERENCE
+
+
+def test_the_reference_is_the_least_preferred_backend():
+    assert dispatch.BACKENDS[-1] == "reference"
+
+
+def test_each_member_of_a_list_is_dispatched_by_itself(fake):
+    gs = [torch.ones(2, 3), torch.ones(2, 3, dtype=torch.float64)]
+    null_project_(gs, [BASIS, BASIS])
+    assert [g[0].tolist() for g in gs] == [FAKE, REFERENCE]
+
+
+@pytest.mark.parametrize("how", ["environment", "context"])
+def test_a_requested_backend_runs_or_raises_with_its_reason(fake, monkeypatch, how):
+    def ask(name, call):
+        if how == "environment":
+            monkeypatch.setenv("GUARDSPACE_BACKEND", name)
+            return call()
+        with gk.use_backend(name):
+            return call()
+
+    assert ask("reference", result) == REFERENCE
+    assert ask("triton", result) == FAKE
+    with pytest.raises(
+        RuntimeError, match=r"'triton' was requested but cannot run null_projection: g is torch.float64, "
+    ):
+        ask("triton", lambda: result(torch.float64))
+    with pytest.raises(
+        RuntimeError, match=r"'cuda' was requested .*: this build has no cuda implementation of null_proj"
+    ):
+        ask("cuda", result)
+
+
+@pytest.mark.parametrize(
+    "op, call",
+    [
+        ("covariance", lambda: covariance_update_(torch.zeros(3, 3), torch.ones(2, 3))),
+        ("covariance", lambda: symmetrize_(torch.zeros(3, 3))),
+        ("null_projection", result),
+        ("null_projection", lambda: null_project_([torch.ones(2, 3)], [BASIS])),
+        (
+            "projected_lora",
+            lambda: projected_lora(torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)),
+        ),
+    ],
+)
+def test_every_op_asks_the_dispatcher(op, call):
+    with gk.use_backend("triton"), pytest.raises(RuntimeError, match=f"no triton implementation of {op}"):
+        call()
+
+
+@pytest.mark.parametrize("entry", ["forward", "backward"])
+def test_the_backward_pass_runs_on_the_chosen_backend(registry, entry):
+    reference, called = registry["projected_lora", "reference"].functions, []
+
+    def spy(*args):
+        called.append(entry)
+        return reference[entry](*args)
+
+    dispatch.register("projected_lora", "cpu", **{**reference, entry: spy})
+    x = torch.ones(2, 3, requires_grad=True)
+    projected_lora(x, torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)).sum().backward()
+    assert called == [entry]
+
+
+@pytest.mark.parametrize("value", ["", "auto"])
+def test_an_empty_or_automatic_environment_variable_requests_nothing(fake, monkeypatch, value):
+    monkeypatch.setenv("GUARDSPACE_BACKEND", value)
+    assert dispatch.requested_backend() is None
+    assert result() == FAKE
+
+
+def test_the_context_overrides_the_environment_nests_and_ends(fake, monkeypatch):
+    monkeypatch.setenv("GUARDSPACE_BACKEND", "reference")
+    with gk.use_backend("auto"):
+        assert result() == FAKE
+        with gk.use_backend("reference"):
+            assert result() == REFERENCE
+        assert result() == FAKE
+    assert result() == REFERENCE
+
+
+def test_the_context_ends_with_an_exception():
+    with pytest.raises(KeyError), gk.use_backend("cuda"):
+        raise KeyError
+    assert dispatch.requested_backend() is None
+
+
+def test_the_context_holds_on_every_thread():
+    seen = []
+    with gk.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch.requested_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+def test_no_backend_at_all_says_what_to_import(registry):
+    registry.clear()
+    with pytest.raises(RuntimeError, match=r"no backend can run null_projection; import guardspace_kernels\.ops"):
+        result()
+
+
+def test_can_use_answers_with_a_reason(fake):
+    ok, reason = dispatch.can_use("null_projection", torch.ones(2, 3).double(), BASIS, backend="triton")
+    assert not ok and reason == "g is torch.float64, only float32 is built"
+    assert dispatch.can_use("null_projection", torch.ones(2, 3), BASIS, backend="triton")[0]
+    assert dispatch.can_use("covariance", backend="triton") == (
+        False,
+        "this build has no triton implementation of covariance",
+    )
+
+
+def test_status_lists_every_pair(fake):
+    rows = {(op, backend): registered for op, backend, registered, _ in dispatch.status()}
+    assert set(rows) == {(op, backend) for op in dispatch.OPS for backend in dispatch.BACKENDS}
+    assert {key for key, registered in rows.items() if registered} == {
+        *((op, "reference") for op in dispatch.OPS),
+        ("null_projection", "triton"),
+    }
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"op must be one of \('covariance', .*got 'attention'"):
+        dispatch.register("attention", "cpu")
+    with pytest.raises(ValueError, match=r"backend must be one of \('cuda', .*got 'tpu'"):
+        dispatch.register("covariance", "tpu")
+    with pytest.raises(ValueError, match=r"name must be 'auto' or one of \('cuda', .*got 'tpu'"), gk.use_backend("tpu"):
+        pass
+    monkeypatch.setenv("GUARDSPACE_BACKEND", "tpu")
+    with pytest.raises(ValueError, match=r"GUARDSPACE_BACKEND must be 'auto' or one of \('cuda', .*got 'tpu'"):
+        result()
