@@ -280,7 +280,7 @@ class _Experiment:
             difference = ((ours - theirs).norm() / ours.norm()).item()
             same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
             bar.update()
-        return str(exported), PlainPeftCheck(difference, same)
+        return str(exported).replace(str(folder), "adapter/"), PlainPeftCheck(difference, same)
 
 
 def _compare(

@@ -33,12 +33,12 @@ CHAT_TEMPLATE = (
 class AlignmentRecipe:
     """How refusals are installed; part of the key under which the aligned model is cached."""
 
-    harmful: int = 180
-    harmless: int = 120
+    harmful: int = 240
+    harmless: int = 104
     answer_tokens: int = 24
     rank: int = 16
-    learning_rate: float = 5e-4
-    steps: int = 44
+    learning_rate: float = 6e-4
+    steps: int = 48
     batch_size: int = 8
     seed: int = 0
 
@@ -114,7 +114,14 @@ def load_model(path: Path, dtype: torch.dtype | None = None, device: torch.devic
     device = device or best_device()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or best_dtype(device)).to(device)
     model.requires_grad_(False)
+    model.lm_head.register_forward_pre_hook(_contiguous)
     return model.eval()
+
+
+def _contiguous(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Without gradients, `logits_to_keep` hands the LM head a strided slice, for which torch copies the weight once
+    for every row of the batch: 12 of 19 seconds of a forward pass of 64 prompts."""
+    return tuple(x.contiguous() for x in inputs)
 
 
 def load_tokenizer(path: Path) -> Any:

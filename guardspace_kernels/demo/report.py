@@ -228,7 +228,7 @@ def _json(result: DemoResult) -> dict[str, Any]:
     }
 
 
-_COLOURS = {PLAIN: "#c8553d", STOPPED: "#e0a458", GUARDED: "#1f6f8b"}
+_COLOURS = {PLAIN: "#c8553d", STOPPED: "#c98a1b", GUARDED: "#1f6f8b"}
 _INK, _FAINT = "#2b2d33", "#8b8f98"
 
 
@@ -257,7 +257,7 @@ def _draw_tradeoff(axes: Any, result: DemoResult) -> None:
     before = 100 * aligned.evaluation.refuses.value
     points = [(label, row.evaluation) for label in (PLAIN, STOPPED, GUARDED) if (row := result.row(SENTIMENT, label))]
     bounds = [100 * v for _, e in points if e for v in e.task.interval()]
-    left, right = max(0.0, min(bounds) - 8), min(104.0, max(bounds) + 8)
+    left, right = max(0.0, min(bounds) - 4), min(101.0, max(bounds) + 2)
     axes.axhline(before, color=_FAINT, linewidth=1.2, linestyle=(0, (5, 3)))
     axes.annotate(
         "aligned model, before fine-tuning",
@@ -276,13 +276,16 @@ def _draw_tradeoff(axes: Any, result: DemoResult) -> None:
         x, y = 100 * e.task.value, 100 * e.refuses.value
         axes.errorbar(
             x, y, yerr=errors[1], xerr=errors[0], fmt="o", markersize=9, color=_COLOURS[label], elinewidth=1.6,
-            capsize=3, label=label, zorder=3,
+            capsize=3, zorder=3,
         )  # fmt: skip
+        offset = (10, -16) if y > 50 else (10, 7)
+        axes.annotate(
+            label, (x, y), offset, textcoords="offset points", fontsize=9.5, color=_COLOURS[label], weight="bold"
+        )
     axes.set(xlim=(left, right), ylim=(-5, 109), yticks=range(0, 101, 20))
     axes.set_xlabel("task accuracy: movie-review sentiment (%)", color=_INK)
     axes.set_ylabel("held-out harmful requests refused (%)", color=_INK)
     axes.set_title("Refusals and task accuracy after fine-tuning", loc="left", fontsize=11.5, color=_INK)
-    axes.legend(frameon=False, fontsize=9, loc="center left", labelcolor=_INK)
 
 
 def _block(name: str) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 _METADATA_KEY = "guardspace"
+_VERSION = 1
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -38,7 +39,7 @@ def save_tensors(
     """A safetensors file with a JSON header that says what it is."""
     from safetensors.torch import save_file
 
-    metadata = {"format": "pt", _METADATA_KEY: json.dumps({"kind": kind, **header})}
+    metadata = {"format": "pt", _METADATA_KEY: json.dumps({"kind": kind, "version": _VERSION, **header})}
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     write_atomic(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
 
@@ -56,6 +57,11 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, tor
                 raise ValueError(
                     f"{os.fspath(path)} is not a {kind} file of this library"
                     + (f" but a {header['kind']} file" if header.get("kind") else "")
+                )
+            if header["version"] != _VERSION:
+                raise ValueError(
+                    f"{os.fspath(path)} has format version {header['version']}, this library reads {_VERSION}; "
+                    "write it again with this version"
                 )
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except SafetensorError as error:

@@ -42,7 +42,7 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-lin
 
     Raises:
         TypeError: the model carries adapters, or a layer's weight is not a floating-point matrix (quantised).
-        ValueError: nothing matches.
+        ValueError: nothing matches, or an entry of the list matches nothing.
     """
     linear = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)
@@ -62,7 +62,12 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-lin
         wanted = set(target_modules)
         found = {name: m for name, m in linear.items() if name in wanted}
         if len(found) < len(wanted):
-            found = {n: m for n, m in linear.items() if any(n == e or n.endswith("." + e) for e in wanted)}
+            matches = {entry: [n for n in linear if n == entry or n.endswith("." + entry)] for entry in wanted}
+            idle = sorted(entry for entry, names in matches.items() if not names)
+            if idle and len(idle) < len(wanted):
+                raise ValueError(f"target_modules entry {idle[0]!r} matches no Linear or Conv1D layer")
+            chosen = {name for names in matches.values() for name in names}
+            found = {name: m for name, m in linear.items() if name in chosen}
     if not found:
         raise ValueError(
             f"target_modules={target_modules!r} matches no Linear or Conv1D layer; the model has "

@@ -184,7 +184,6 @@ class GuardPlan:
             tensors[f"space.{i}.basis"] = space.basis
             spaces.append({f.name: getattr(space, f.name) for f in dataclasses.fields(space) if f.name != "basis"})
         header = {
-            "version": 1,
             "config": dataclasses.asdict(self.config),
             "model": dataclasses.asdict(self.model),
             "layers": [[x.name, x.shape, x.space, x.warnings] for x in self.layers.values()],

@@ -92,7 +92,6 @@ class CalibrationStatistics:
             tensors[f"{i}.covariance"], tensors[f"{i}.sinks"] = entry.covariance, entry.sinks
             inputs.append({"layers": entry.layers, "tokens": entry.tokens, "sink_tokens": entry.sink_tokens})
         header = {
-            "version": 1,
             "prompts": self.prompts,
             "inputs": inputs,
             "fingerprint": {"model": self.fingerprint.model, "layers": self.fingerprint.layers},
@@ -138,8 +137,9 @@ def _distinct(candidates: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 class _Input:
     """One distinct layer input while it is being collected."""
 
-    def __init__(self, features: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, features: int, dtype: torch.dtype, device: torch.device, batch: int) -> None:
         self.layers: list[str] = []
+        self.first_batch = batch
         self.accumulator = CovarianceAccumulator(features, dtype, device)
         self.sinks = torch.empty(0, features, dtype=dtype, device=device)
         self.new_sinks: list[torch.Tensor] = []
@@ -167,6 +167,7 @@ class _Collector:
         self.input_of: dict[str, _Input] = {}
         self.mask = torch.empty(0)
         self.first = torch.empty(0)
+        self.batch = 0
 
     @contextmanager
     def counting(self, mask: torch.Tensor) -> Iterator[None]:
@@ -181,6 +182,8 @@ class _Collector:
 
     def _hook(self, name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not args:
+                raise TypeError(f"layer {name} is called with keywords alone; leave it out of target_modules")
             self.see(name, args[0])
 
         return hook
@@ -188,10 +191,11 @@ class _Collector:
     def see(self, name: str, x: torch.Tensor) -> None:
         mine = self.input_of.get(name)
         if mine is None:
-            mine = next((i for i in self.inputs if i.read(x)), None)
+            # A layer first reached in a later batch does not join an input that has seen earlier ones.
+            mine = next((i for i in self.inputs if i.first_batch == self.batch and i.read(x)), None)
             fresh = mine is None
             if mine is None:
-                mine = _Input(x.shape[-1], self.dtype, x.device)
+                mine = _Input(x.shape[-1], self.dtype, x.device, self.batch)
                 self.inputs.append(mine)
             mine.layers.append(name)
             self.input_of[name] = mine
@@ -224,20 +228,21 @@ class _Collector:
             mask = mask & ~first
         mine.accumulator.update(rows, mask)
 
-    def end_batch(self, index: int) -> None:
+    def end_batch(self) -> None:
         """Looks for non-finite values, one device synchronisation for all layers, and keeps distinct sinks."""
         diagonals = torch.stack([i.accumulator.lower.diagonal().sum().cpu() for i in self.inputs])
         sinks = torch.stack([sum((s.sum().cpu() for s in i.new_sinks), torch.zeros(())) for i in self.inputs])
         for mine, finite in zip(self.inputs, torch.isfinite(diagonals) & torch.isfinite(sinks), strict=True):
             if not finite:
                 raise ValueError(
-                    f"batch {index}: the input of layer {mine.layers[0]} holds non-finite values (or overflows "
+                    f"batch {self.batch}: the input of layer {mine.layers[0]} holds non-finite values (or overflows "
                     f"{self.dtype}); the statistics would be worthless. Check the model's dtype and the prompts"
                 )
             for rows in mine.new_sinks:
                 mine.sinks = _distinct(rows, mine.sinks)
                 mine.sink_tokens += rows.shape[0]
             mine.new_sinks = []
+        self.batch += 1
 
 
 def checked_mask(batch: Batch, index: int) -> torch.Tensor:
@@ -388,7 +393,7 @@ def collect_statistics(
                 batch = with_answers(model, batch, answer_tokens)
             with collector.counting(checked_mask(batch, index)):
                 forward_batch(model, batch)
-            collector.end_batch(index)
+            collector.end_batch()
             prompts += collector.mask.shape[0]
     if prompts == 0:
         raise ValueError("batches is empty: at least one prompt is needed")

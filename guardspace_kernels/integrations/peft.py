@@ -293,7 +293,7 @@ class GuardedModelMixin:
         # First what may refuse (a merged adapter, a broken invariant), so that a refusal writes nothing.
         export_lora(self, save_directory)  # type: ignore[arg-type]
         path = os.path.join(save_directory, GUARD_FILE)
-        save_tensors(path, _KIND, tensors, {"version": 1, "plan": self.guard_plan.fingerprint})
+        save_tensors(path, _KIND, tensors, {"plan": self.guard_plan.fingerprint})
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = False, **kwargs: Any

@@ -3,6 +3,7 @@ import os
 import pytest
 import torch
 
+from guardspace_kernels.guard import files
 from guardspace_kernels.guard.files import load_tensors, save_tensors, write_atomic, write_text
 
 
@@ -79,3 +80,12 @@ def test_what_is_not_ours_is_refused(tmp_path):
     save_file({"t": torch.ones(1)}, path)
     with pytest.raises(ValueError, match=r"not a plan file of this library$"):
         load_tensors(path, "plan")
+
+
+def test_a_file_of_a_later_format_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "later.safetensors"
+    monkeypatch.setattr(files, "_VERSION", 2)
+    files.save_tensors(path, "guard plan", {"a": torch.ones(2)}, {})
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="format version 2, this library reads 1"):
+        files.load_tensors(path, "guard plan")

@@ -143,3 +143,8 @@ def test_fingerprint_of_tied_layers():
     mine = ModelFingerprint.of(model, ["q", "k"])
     assert mine.layers["q"] == mine.layers["k"]
     assert torch.equal(weight_of(model, "k"), linear_weight(model.k).double())
+
+
+def test_an_entry_that_matches_nothing_is_named():
+    with pytest.raises(ValueError, match="'q_porj' matches no Linear or Conv1D layer"):
+        find_layers(tiny_llama(), ["k_proj", "q_porj"])

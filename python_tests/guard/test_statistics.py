@@ -14,6 +14,7 @@ from guard_helpers import (
     tiny_gpt2,
     tiny_llama,
 )
+from torch import nn
 
 import guardspace_kernels as gk
 from guardspace_kernels.guard.files import save_tensors
@@ -369,3 +370,36 @@ def test_for_layer_and_repr():
     assert {f.name for f in dataclasses.fields(stats.inputs[0])} == {
         "layers", "covariance", "tokens", "sinks", "sink_tokens"
     }  # fmt: skip
+
+
+class LateReader(nn.Module):
+    """The second layer reads what the first does, but only from the second batch on."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 6)
+        self.early, self.late = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.calls = 0
+
+    def forward(self, input_ids, attention_mask=None):
+        self.calls += 1
+        x = self.embed(input_ids)
+        return self.early(x) + self.late(x) if self.calls > 1 else self.early(x)
+
+
+def test_a_layer_reached_late_does_not_inherit_earlier_batches():
+    batches = [{"input_ids": torch.randint(0, 20, (2, 5))} for _ in range(3)]
+    stats = gk.collect_statistics(LateReader(), batches, progress=False)
+    early, late = stats.for_layer("early"), stats.for_layer("late")
+    assert early.layers == ["early"]
+    assert late.layers == ["late"]
+    assert (early.tokens, late.tokens) == (3 * 2 * 4, 2 * 2 * 4)
+
+
+def test_a_layer_called_with_keywords_alone_is_named():
+    class KeywordModel(PlainModel):
+        def forward(self, input_ids, attention_mask=None):
+            return self.q(input=self.embed(input_ids))
+
+    with pytest.raises(TypeError, match="layer q is called with keywords alone"):
+        gk.collect_statistics(KeywordModel(), [{"input_ids": torch.ones(1, 3, dtype=torch.long)}], progress=False)
