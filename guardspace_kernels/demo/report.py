@@ -31,8 +31,7 @@ def _percent(rate: Rate, interval: bool = False) -> str:
 def _cells(row: Row) -> list[str]:
     trained = [str(row.steps) if row.steps else "–", "–" if row.loss is None else f"{row.loss:.2f}"]
     e = row.evaluation
-    if e is None:
-        return [row.task, row.method, "never reached", *["–"] * 7]
+    assert e
     task = _percent(e.task, True) if row.task == SENTIMENT else "–" if row.task != NO_TASK else _percent(e.task)
     kl = "–" if e.refusal_kl is None else f"{abs(e.refusal_kl):.2f}"
     judged = [_percent(e.refuses, True), _percent(e.complies), _percent(e.other), _percent(e.over_refuses)]
@@ -41,7 +40,7 @@ def _cells(row: Row) -> list[str]:
 
 def table(result: DemoResult, markdown: bool = False) -> str:
     """The result table, for the terminal or as Markdown."""
-    lines = [list(_COLUMNS), *map(_cells, result.rows)]
+    lines = [list(_COLUMNS), *(_cells(row) for row in result.rows if row.evaluation)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
 
     def join(line: list[str]) -> str:
@@ -59,6 +58,15 @@ def table(result: DemoResult, markdown: bool = False) -> str:
             output.append("")
         output.append(join(line))
     return "\n".join(output)
+
+
+def _notes(result: DemoResult) -> list[str]:
+    """What the table leaves out."""
+    return [
+        f"{row.task}: plain LoRA's running loss never came down to GuardSpace's, so there is no copy at the same loss."
+        for row in result.rows
+        if row.evaluation is None
+    ]
 
 
 def _mean_drift(report: gk.DriftReport) -> float:
@@ -97,8 +105,8 @@ def claims(result: DemoResult) -> list[tuple[str, bool]]:
             not worse,
         ),
         (
-            f"the certificate holds: every layer drifts within its bound, and by {drift:.3f} on average against "
-            f"{plain_drift:.3f} for plain LoRA (at most half)",
+            f"the certificate holds: every layer drifts within its bound, and by {drift:.2%} on average against "
+            f"{plain_drift:.2%} for plain LoRA (at most half)",
             within and drift <= 0.5 * plain_drift,
         ),
         (
@@ -141,13 +149,14 @@ def _markdown(result: DemoResult) -> str:
 
 ![Refusals kept against task accuracy, and drift per layer](figure.png)
 
-{table(result, markdown=True)}
+{chr(10).join([table(result, markdown=True), *(f"{chr(10)}{note}" for note in _notes(result))])}
 
 {chr(10).join(f"- {line}" for line in _verdicts(result, ("holds:", "**fails:**")))}
 
 ## What was measured
 
-SmolLM2-135M-Instruct (4-bit weights, unpacked) was first taught to refuse, since it hardly does so by itself. Every
+SmolLM2-135M-Instruct (4-bit weights, unpacked) was first taught to refuse, since it hardly does so by itself. (How
+was chosen by the aligned model's refusals on these held-out requests: that flatters its own row, not a method.) Every
 row starts from that aligned model. Both methods use rank {s.rank}, alpha {s.alpha}, {s.steps} steps of {s.batch_size} \
 examples, learning rate {s.learning_rate:g}, the
 same examples in the same order. *Sentiment* is {s.task_train} movie-review sentences answered by one word. {poison}\
@@ -278,10 +287,9 @@ def _draw_tradeoff(axes: Any, result: DemoResult) -> None:
             x, y, yerr=errors[1], xerr=errors[0], fmt="o", markersize=9, color=_COLOURS[label], elinewidth=1.6,
             capsize=3, zorder=3,
         )  # fmt: skip
-        offset = (10, -16) if y > 50 else (10, 7)
-        axes.annotate(
-            label, (x, y), offset, textcoords="offset points", fontsize=9.5, color=_COLOURS[label], weight="bold"
-        )
+    # Handles of their own: those of error bars are cut off. The middle of this panel is empty unless a claim fails.
+    handles = [axes.plot([], [], "o", color=_COLOURS[label], markersize=8, label=label)[0] for label, _ in points]
+    axes.legend(handles=handles, frameon=False, fontsize=9.5, loc="center", labelcolor=_INK)
     axes.set(xlim=(left, right), ylim=(-5, 109), yticks=range(0, 101, 20))
     axes.set_xlabel("task accuracy: movie-review sentiment (%)", color=_INK)
     axes.set_ylabel("held-out harmful requests refused (%)", color=_INK)
@@ -327,6 +335,7 @@ def write_report(result: DemoResult) -> str:
         [
             "",
             table(result),
+            *_notes(result),
             "",
             *_verdicts(result, ("✓", "✗")),
             "",
