@@ -253,6 +253,11 @@ def checked_mask(batch: Batch, index: int) -> torch.Tensor:
         )
     ids = batch.get("input_ids")
     mask = batch.get("attention_mask")
+    for name, value in (("input_ids", ids), ("attention_mask", mask)):
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"batch {index}: {name} must be a tensor, got {type(value).__name__}; tokenize with return_tensors='pt'"
+            )
     if mask is None:
         if ids is None:
             raise ValueError(f"batch {index} needs input_ids or an attention_mask; it has {sorted(batch)}")

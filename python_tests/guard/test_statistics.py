@@ -403,3 +403,10 @@ def test_a_layer_called_with_keywords_alone_is_named():
 
     with pytest.raises(TypeError, match="layer q is called with keywords alone"):
         gk.collect_statistics(KeywordModel(), [{"input_ids": torch.ones(1, 3, dtype=torch.long)}], progress=False)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask"])
+def test_lists_instead_of_tensors_are_named(name):
+    batch = {"input_ids": torch.ones(1, 3, dtype=torch.long), name: [[1, 1, 1]]}
+    with pytest.raises(TypeError, match=f"batch 0: {name} must be a tensor, got list; tokenize with return_tensors"):
+        gk.collect_statistics(PlainModel(), [batch], progress=False)
