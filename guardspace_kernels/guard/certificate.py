@@ -121,7 +121,8 @@ class LayerDrift:
 
     Attributes:
         drift: ``‖ΔW X‖_F / ‖W X‖_F`` on the calibration tokens, exact.
-        bound: ``‖ΔW‖₂ · √tr(P C) / ‖W X‖_F``, which holds for any adapter of the same norm under the same plan.
+        bound: ``‖ΔW‖₂ · √tr(P C) / ‖W X‖_F``, which holds, up to the rounding of the basis (1e-6), for any adapter of
+            the same norm under the same plan.
         sink_drift: the largest ``‖ΔW s‖ / ‖W s‖`` over the first-token inputs s.
         heldout_drift: ``‖ΔW x‖ / ‖W x‖`` (root of the ratio of sums) measured on held-out tokens, or None.
         heldout_outside: ``‖P x‖ / ‖x‖`` likewise: how much of a held-out input the plan did not protect, or None.
@@ -288,9 +289,7 @@ def _certify_layer(name: str, layer: AdaptedLayer, entry: InputStatistics) -> La
         kept = sinks @ layer.weight.double().T
         sink_drift = float((moved.norm(dim=1) / kept.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)).max())
     drift = _ratio(squared_drift(layer.F, layer.G, entry.covariance), output)
-    # Where all is protected both are rounding errors, and the one of the factors may be the larger.
-    bound = max(_ratio(spectral**2 * free_energy, output), drift)
-    return LayerDrift(name, drift, bound, sink_drift)
+    return LayerDrift(name, drift, _ratio(spectral**2 * free_energy, output), sink_drift)
 
 
 def _spectral_norm(F: torch.Tensor, G: torch.Tensor) -> float:

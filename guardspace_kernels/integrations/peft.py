@@ -113,11 +113,11 @@ class GuardedLinear(LoraLinear):
             self._add_frozen_to_weight(1.0)
             self.weight_is_residual = False
 
-    def leak(self) -> float:
-        """``‖A − A P‖ / ‖A‖``; what the adapter holds outside the null space (harmless in forward mode)."""
+    def leak(self, A: torch.Tensor | None = None) -> float:
+        """``‖A − A P‖ / ‖A‖`` of the adapter's A, or of another; in forward mode a leak of A itself is harmless."""
         if self.projector is None:
             return 0.0
-        A = self.A.detach().float()
+        A = (self.A.detach() if A is None else A).to(self.A.device, torch.float32)
         outside = A - self.projector.project_(A.clone())
         return float(outside.norm() / A.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
@@ -191,11 +191,7 @@ class GuardedLinear(LoraLinear):
             )
         if not (torch.isfinite(A_P).all() and torch.isfinite(B).all()):
             raise ValueError(f"{where}: the adapter holds non-finite values")
-        if self.projector is None:
-            return
-        exact = A_P.to(self.A.device, torch.float32)
-        outside = exact - self.projector.project_(exact.clone())
-        leak = float(outside.norm() / exact.norm().clamp_min(torch.finfo(torch.float32).tiny))
+        leak = self.leak(A_P)
         if leak > _LEAK_TOLERANCE[A_P.dtype]:
             raise ValueError(
                 f"{where}: the adapter acts outside the null space (‖A Q‖/‖A‖ = {leak:.1e}); it was not trained under "

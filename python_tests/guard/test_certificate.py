@@ -83,7 +83,8 @@ def test_full_protection_leaves_no_drift_on_the_calibration_tokens():
     guarded = perturb(gk.attach_guard(model, plan_for(model, stats, protect=1.0)), size=3.0)
     report = gk.certify(guarded, stats, heldout=[batch_of(PROMPTS[:2])], answer_tokens=1)
     assert 0 < report.max_drift < 1e-6  # float32 bases: never exactly zero
-    assert all(row.drift <= row.bound < 2e-3 for row in report.layers)
+    # Both are rounding here, of float32 bases, and either may be the larger.
+    assert all(row.drift - 1e-6 <= row.bound < 2e-3 for row in report.layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
