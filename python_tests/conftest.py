@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import setuptools  # noqa: F401  # before distutils is, or torch's inductor cannot import it in the same process
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
