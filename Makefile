@@ -5,19 +5,21 @@ BIN := $(VENV)/bin
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 CXX_SOURCES := $(wildcard $(foreach ext,cpp h cu cuh,csrc/*.$(ext) csrc/*/*.$(ext)))
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test sanitize bench lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     fine-tune a small chat model with and without the guard, and compare (QUICK=1: fewer prompts)"
 	@echo "make test     the test suite (JOBS=n processes, default $(JOBS); ARGS='-k name' goes to pytest)"
+	@echo "make sanitize the tests of the C++ kernels under AddressSanitizer and UBSan, for every instruction set"
+	@echo "make bench    speed against plain PyTorch and PEFT (ARGS='--help' lists the options)"
 	@echo "make lint     ruff, mypy and clang-format; make format applies what can be applied"
 	@echo "make install  only create $(VENV), which the others do when needed (TORCH_INDEX=url: take torch from there)"
 	@echo "make clean    remove $(VENV), caches and build products"
 
 # PyPI's torch for Linux is a CUDA build of several GB. Without an NVIDIA driver, look for the CPU build on PyTorch's
 # own index too, provided that it answers; there a local version (2.x.y+cpu) wins over PyPI's 2.x.y.
-$(VENV)/installed: pyproject.toml setup.py constraints.txt
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 	@$(PYTHON) -m venv $(VENV)
 	@index="$(TORCH_INDEX)"; \
 	if [ -z "$$index" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && \
@@ -26,6 +28,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	echo "Installing into $(VENV), once; this takes a minute or two"; \
 	$(BIN)/python -m pip install -qq --disable-pip-version-check $${index:+--extra-index-url "$$index"} \
 	    -c constraints.txt -e ".[test,demo,lint]"
+	@$(BIN)/guardspace env | grep '^cpu extension  '
 	@touch $@
 
 install: $(VENV)/installed
@@ -36,6 +39,12 @@ demo: $(VENV)/installed
 # The tests are thousands of small products, so processes of one thread each beat one process with many threads.
 test: $(VENV)/installed
 	$(if $(filter-out 0,$(JOBS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+sanitize: $(VENV)/installed
+	$(BIN)/python python_tests/sanitize.py -n $(JOBS) --dist worksteal $(ARGS)
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -49,5 +58,6 @@ format: $(VENV)/installed
 	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f guardspace_kernels/*.so guardspace_kernels/_build_info.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -29,6 +29,7 @@ class Implementation:
 
 
 _registry: dict[tuple[str, str], Implementation] = {}
+_missing: dict[tuple[str, str], str] = {}
 _override: str | None = None
 
 
@@ -38,11 +39,25 @@ def _always(*_args: Any) -> tuple[bool, str]:
 
 def register(op: str, backend: str, accepts: Accepts = _always, **functions: Callable[..., Any]) -> None:
     """Registers ``functions`` (entry point name -> callable) as ``backend``'s implementation of ``op``."""
+    _check_names(op, backend)
+    _registry[op, backend] = Implementation(functions, accepts)
+
+
+def unavailable(op: str, backend: str, reason: str) -> None:
+    """Says why this installation has no ``backend`` implementation of ``op``."""
+    _check_names(op, backend)
+    _missing[op, backend] = reason
+
+
+def _check_names(op: str, backend: str) -> None:
     if op not in OPS:
         raise ValueError(f"op must be one of {OPS}, got {op!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    _registry[op, backend] = Implementation(functions, accepts)
+
+
+def _why_missing(op: str, backend: str) -> str:
+    return _missing.get((op, backend), f"this build has no {backend} implementation of {op}")
 
 
 def requested_backend() -> str | None:
@@ -75,7 +90,7 @@ def can_use(op: str, *args: Any, backend: str) -> tuple[bool, str]:
     """Whether ``backend`` runs ``op`` on these arguments, and why (not)."""
     implementation = _registry.get((op, backend))
     if implementation is None:
-        return False, f"this build has no {backend} implementation of {op}"
+        return False, _why_missing(op, backend)
     return implementation.accepts(*args)
 
 
@@ -94,12 +109,21 @@ def resolve(op: str, entry: str, *args: Any) -> Callable[..., Any]:
     raise RuntimeError(f"no backend can run {op}; import guardspace_kernels.ops to register the reference")
 
 
+def call_all(op: str, entry: str, items: list[Any], arguments: Callable[[Any], tuple[Any, ...]]) -> None:
+    """Runs ``entry``, which takes a list, on the items of each backend at once; ``arguments`` are those of resolve."""
+    groups: dict[Callable[..., Any], list[Any]] = {}
+    for item in items:
+        groups.setdefault(resolve(op, entry, *arguments(item)), []).append(item)
+    for function, members in groups.items():
+        function(members)
+
+
 def status() -> list[tuple[str, str, bool, str]]:
     """For the environment report: (op, backend, registered, reason) for every pair."""
     rows = []
     for op in OPS:
         for backend in BACKENDS:
             registered = (op, backend) in _registry
-            reason = "registered" if registered else f"this build has no {backend} implementation of {op}"
+            reason = "registered" if registered else _why_missing(op, backend)
             rows.append((op, backend, registered, reason))
     return rows

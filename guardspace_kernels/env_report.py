@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -10,6 +11,7 @@ import torch
 
 import guardspace_kernels
 from guardspace_kernels import dispatch
+from guardspace_kernels.build_info import build_config
 
 _PACKAGES = ("transformers", "peft", "accelerate", "trl", "safetensors", "numpy", "triton")
 _CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
@@ -34,6 +36,29 @@ def cpu_flags() -> list[str]:
     return [flag for flag in _CPU_FLAGS if flag in found]
 
 
+def cpu_extension() -> list[tuple[str, str]]:
+    """Rows about the compiled CPU kernels: what they were built with and use, or why there are none."""
+    config = build_config()
+    try:
+        extension = importlib.import_module("guardspace_kernels._cpu")  # after torch, whose libgomp it then shares
+    except ImportError as error:
+        if "not_built" in config:
+            return [("cpu extension", f"not built: {config['not_built']}; then install guardspace_kernels again")]
+        return [("cpu extension", f"does not load: {error}; install guardspace_kernels again")]
+    try:
+        isa = f"{extension.isa()} in use"
+    except ValueError as error:  # GUARDSPACE_ISA names one that is not there
+        isa = str(error)
+    built = ", ".join(config.get("isas", ["unknown"]))
+    compiler, flags = (config.get(key, f"unknown {key}") for key in ("compiler", "flags"))
+    return [
+        ("cpu extension", f"{isa}; built: {built}; {'OpenMP' if extension.openmp() else 'without OpenMP'}"),
+        ("cpu extension built", f"{compiler}: {flags}"),
+        *(("cpu extension note", note) for note in config.get("notes", [])),
+        ("GUARDSPACE_ISA", os.environ.get("GUARDSPACE_ISA") or "not set (automatic)"),
+    ]
+
+
 def environment_report() -> str:
     """Versions, CPU features, GPUs, and each backend with the reason why it is or is not used."""
     rows = [
@@ -43,6 +68,7 @@ def environment_report() -> str:
         *((package, _version(package)) for package in _PACKAGES),
         ("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {' '.join(cpu_flags()) or 'flags unknown'}"),
         ("torch cpu level", torch.backends.cpu.get_cpu_capability()),
+        *cpu_extension(),
     ]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):

@@ -31,8 +31,8 @@ def error(actual: torch.Tensor, truth: torch.Tensor) -> float:
     return ((actual.double() - truth).abs().max() / truth.abs().max()).item()
 
 
-def assert_as_exact_as_plain(actual: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> None:
+def assert_as_exact_as_plain(actual: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, case: object = "") -> None:
     """Error against float64 at most twice that of plain PyTorch in the same dtype, plus the floor."""
     assert actual.dtype == plain.dtype
     bound = 2 * error(plain, truth) + FLOOR[actual.dtype]
-    assert error(actual, truth) <= bound, f"{error(actual, truth):.2e} > {bound:.2e}"
+    assert error(actual, truth) <= bound, f"{case} {error(actual, truth):.2e} > {bound:.2e}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 import guardspace_kernels as gk
-from guardspace_kernels import dispatch, env_report
+from guardspace_kernels import build_info, dispatch, env_report
 from guardspace_kernels.cli import main
 
 
@@ -60,6 +62,73 @@ def test_env_still_reports_when_the_requested_backend_does_not_exist(monkeypatch
     monkeypatch.setenv("GUARDSPACE_BACKEND", "tpu")
     report = env_report.environment_report()
     assert "GUARDSPACE_BACKEND must be 'auto' or one of" in report and "got 'tpu'" in report
+
+
+CONFIG = {
+    "version": "0.1.0",
+    "compiler": "c++ 12",
+    "flags": "-O3 -fopenmp",
+    "isas": ["baseline", "avx2"],
+    "openmp": True,
+    "notes": ["without avx512_bf16: unknown option"],
+}
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """A compiled extension whose answers can be chosen, built as ``CONFIG`` says."""
+    module = ModuleType("_cpu")
+    module.isa, module.openmp = lambda: "avx2", lambda: True
+    monkeypatch.setitem(sys.modules, "guardspace_kernels._cpu", module)
+    monkeypatch.setattr(env_report, "build_config", lambda: CONFIG)
+    monkeypatch.delenv("GUARDSPACE_ISA", raising=False)
+    return module
+
+
+def test_env_tells_how_the_cpu_extension_was_built_and_what_it_uses(extension, monkeypatch):
+    assert env_report.cpu_extension() == [
+        ("cpu extension", "avx2 in use; built: baseline, avx2; OpenMP"),
+        ("cpu extension built", "c++ 12: -O3 -fopenmp"),
+        ("cpu extension note", "without avx512_bf16: unknown option"),
+        ("GUARDSPACE_ISA", "not set (automatic)"),
+    ]
+    extension.openmp = lambda: False
+    monkeypatch.setenv("GUARDSPACE_ISA", "avx2")
+    rows = env_report.cpu_extension()
+    assert rows[0][1].endswith("without OpenMP") and rows[-1] == ("GUARDSPACE_ISA", "avx2")
+
+
+def test_env_reports_an_instruction_set_that_cannot_be_used(extension):
+    def refuse():
+        raise ValueError("GUARDSPACE_ISA must be one of avx2, baseline on this CPU, got avx9")
+
+    extension.isa = refuse
+    assert env_report.cpu_extension()[0][1].startswith("GUARDSPACE_ISA must be one of avx2, baseline on this CPU, got")
+
+
+def test_env_says_why_there_is_no_cpu_extension(extension, monkeypatch):
+    monkeypatch.setitem(sys.modules, "guardspace_kernels._cpu", None)
+    [(name, text)] = env_report.cpu_extension()
+    assert name == "cpu extension" and re.fullmatch(
+        r"does not load: .*guardspace_kernels\._cpu.*; install guardspace_kernels again", text
+    )
+    monkeypatch.setattr(env_report, "build_config", lambda: {"not_built": "no C++ compiler was found; install one"})
+    assert env_report.cpu_extension() == [
+        (
+            "cpu extension",
+            "not built: no C++ compiler was found; install one; then install guardspace_kernels again",
+        )
+    ]
+
+
+@pytest.mark.parametrize("text", [None, "not json"])
+def test_without_a_record_of_the_build_it_was_not_installed(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_info, "_FILE", tmp_path / "_build_info.json")
+    if text is not None:
+        build_info._FILE.write_text(text)
+    assert re.search("was never installed, .* run pip install", build_info.build_config()["not_built"])
+    build_info._FILE.write_text(json.dumps(CONFIG))
+    assert build_info.build_config() == CONFIG
 
 
 def test_env_reports_packages_that_are_missing(monkeypatch):

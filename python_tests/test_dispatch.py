@@ -19,17 +19,25 @@ def registry(monkeypatch):
     """The reference alone, in a registry that is thrown away."""
     references = {key: value for key, value in dispatch._registry.items() if key[1] == "reference"}
     monkeypatch.setattr(dispatch, "_registry", references)
+    monkeypatch.setattr(dispatch, "_missing", {})
     return references
 
 
 @pytest.fixture
 def fake():
-    """A preferred backend that runs null_projection for float32 only, and writes 7."""
+    """A preferred backend that runs null_projection for float32 only, and writes 7; returns the lists it was given."""
+    calls = []
 
     def accepts(g, basis):
         return (True, "") if g.dtype == torch.float32 else (False, f"g is {g.dtype}, only float32 is built")
 
-    dispatch.register("null_projection", "triton", accepts, null_project_=lambda g, basis, complement: g.fill_(7))
+    def null_project_(projections):
+        calls.append(projections)
+        for g, _basis, _complement in projections:
+            g.fill_(7)
+
+    dispatch.register("null_projection", "triton", accepts, null_project_=null_project_)
+    return calls
 
 
 def result(dtype=torch.float32):
@@ -56,10 +64,45 @@ def test_the_reference_is_the_least_preferred_backend():
     assert dispatch.BACKENDS[-1] == "reference"
 
 
-def test_each_member_of_a_list_is_dispatched_by_itself(fake):
+def test_each_member_of_a_list_is_dispatched_by_itself_and_each_backend_called_once(fake):
+    gs = [torch.ones(2, 3, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.float32, torch.float64)]
+    null_project_(gs, [BASIS] * 4, [True, True, False, False])
+    assert [g[0].tolist() for g in gs] == [FAKE, REFERENCE, FAKE, [1, 0, 0]]
+    (members,) = fake
+    assert [g.data_ptr() for g, _, _ in members] == [gs[0].data_ptr(), gs[2].data_ptr()]
+    assert [complement for _, _, complement in members] == [True, False]
+    assert all(torch.equal(basis, BASIS) for _, basis, _ in members)
+
+
+def test_covariances_of_a_list_reach_the_backend_in_one_call_with_mask_and_scale():
+    calls = []
+    dispatch.register("covariance", "cpu", covariance_update_=calls.append)
+    Cs, xs = [torch.zeros(3, 3), torch.zeros(2, 2)], [torch.ones(4, 3), torch.ones(5, 2)]
+    covariance_update_(Cs, xs, [None, torch.ones(5).bool()], 0.5)
+    covariance_update_(Cs[0], xs[0])
+    seen = [[(len(C), len(x), mask is None, scale) for C, x, mask, scale in call] for call in calls]
+    assert seen == [[(3, 4, True, 0.5), (2, 5, False, 0.5)], [(3, 4, True, 1.0)]]
+
+
+def test_call_all_calls_each_function_once_with_its_items_in_order():
+    calls = []
+
+    def even(number):
+        return number % 2 == 0, "odd"
+
+    dispatch.register("covariance", "cpu", even, entry=lambda items: calls.append(("cpu", items)))
+    dispatch.register("covariance", "reference", entry=lambda items: calls.append(("reference", items)))
+    dispatch.call_all("covariance", "entry", [], lambda item: (len(item),))
+    assert calls == []
+    dispatch.call_all("covariance", "entry", ["a", "bb", "ccc", "dddd"], lambda item: (len(item),))
+    assert calls == [("reference", ["a", "ccc"]), ("cpu", ["bb", "dddd"])]
+
+
+def test_call_all_runs_nothing_where_one_item_is_refused(fake):
     gs = [torch.ones(2, 3), torch.ones(2, 3, dtype=torch.float64)]
-    null_project_(gs, [BASIS, BASIS])
-    assert [g[0].tolist() for g in gs] == [FAKE, REFERENCE]
+    with gk.use_backend("triton"), pytest.raises(RuntimeError, match=r"g is torch\.float64, only float32"):
+        null_project_(gs, [BASIS, BASIS])
+    assert fake == [] and gs[0].eq(1).all()
 
 
 @pytest.mark.parametrize("how", ["environment", "context"])
@@ -163,6 +206,25 @@ def test_can_use_answers_with_a_reason(fake):
     )
 
 
+def test_the_reason_why_a_backend_is_missing_is_told_everywhere():
+    dispatch.unavailable("covariance", "cuda", "nvcc was not found")
+    assert dispatch.can_use("covariance", backend="cuda") == (False, "nvcc was not found")
+    assert ("covariance", "cuda", False, "nvcc was not found") in dispatch.status()
+    assert ("projected_lora", "cuda", False, "this build has no cuda implementation of projected_lora") in (
+        dispatch.status()
+    )
+    with gk.use_backend("cuda"), pytest.raises(RuntimeError, match="cannot run covariance: nvcc was not found"):
+        covariance_update_(torch.zeros(3, 3), torch.ones(2, 3))
+    covariance_update_(torch.zeros(3, 3), torch.ones(2, 3))  # automatic choice passes over it
+
+
+def test_a_registered_backend_is_not_missing():
+    dispatch.unavailable("covariance", "cpu", "no compiler")
+    dispatch.register("covariance", "cpu", covariance_update_=lambda items: None)
+    assert dispatch.can_use("covariance", backend="cpu")[0]
+    assert ("covariance", "cpu", True, "registered") in dispatch.status()
+
+
 def test_status_lists_every_pair(fake):
     rows = {(op, backend): registered for op, backend, registered, _ in dispatch.status()}
     assert set(rows) == {(op, backend) for op in dispatch.OPS for backend in dispatch.BACKENDS}
@@ -177,6 +239,10 @@ def test_unknown_names_are_refused(monkeypatch):
         dispatch.register("attention", "cpu")
     with pytest.raises(ValueError, match=r"backend must be one of \('cuda', .*got 'tpu'"):
         dispatch.register("covariance", "tpu")
+    with pytest.raises(ValueError, match=r"op must be one of \('covariance', .*got 'attention'"):
+        dispatch.unavailable("attention", "cpu", "")
+    with pytest.raises(ValueError, match=r"backend must be one of \('cuda', .*got 'tpu'"):
+        dispatch.unavailable("covariance", "tpu", "")
     with pytest.raises(ValueError, match=r"name must be 'auto' or one of \('cuda', .*got 'tpu'"), gk.use_backend("tpu"):
         pass
     monkeypatch.setenv("GUARDSPACE_BACKEND", "tpu")

@@ -26,6 +26,7 @@ from guardspace_kernels.guard.statistics import (
     with_answers,
 )
 from guardspace_kernels.nn import NullSpaceProjector, ProjectedLoraLinear
+from guardspace_kernels.ops import squared_drift
 
 
 class DriftExceededError(RuntimeError):
@@ -94,10 +95,8 @@ def _peft_layer(name: str, module: Any) -> AdaptedLayer:
     return AdaptedLayer(module, linear_weight(base).detach(), F, G, A.dtype, None, is_conv1d(base))
 
 
-def squared_drift(F: torch.Tensor, G: torch.Tensor, covariance: torch.Tensor) -> float:
-    """``‖F G X‖_F² = Σ (FᵀF) ∘ (G C Gᵀ)`` for C = Xᵀ X: r'×r' work beyond G C, and ΔW is never formed."""
-    F, G, C = F.double(), G.double(), covariance.double().to(G.device)
-    return max(float(((F.T @ F) * (G @ C @ G.T)).sum()), 0.0)
+def _squared_drift(F: torch.Tensor, G: torch.Tensor, covariance: torch.Tensor) -> float:
+    return max(float(squared_drift(covariance.to(G.device), F, G)), 0.0)
 
 
 def squared_output(weight: torch.Tensor, covariance: torch.Tensor) -> float:
@@ -108,7 +107,7 @@ def squared_output(weight: torch.Tensor, covariance: torch.Tensor) -> float:
 
 def relative_drift(F: torch.Tensor, G: torch.Tensor, weight: torch.Tensor, covariance: torch.Tensor) -> float:
     """``‖F G X‖_F / ‖W X‖_F``."""
-    return _ratio(squared_drift(F, G, covariance), squared_output(weight, covariance))
+    return _ratio(_squared_drift(F, G, covariance), squared_output(weight, covariance))
 
 
 def _ratio(numerator: float, denominator: float) -> float:
@@ -288,7 +287,7 @@ def _certify_layer(name: str, layer: AdaptedLayer, entry: InputStatistics) -> La
         moved = (sinks @ layer.G.double().T) @ layer.F.double().T
         kept = sinks @ layer.weight.double().T
         sink_drift = float((moved.norm(dim=1) / kept.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)).max())
-    drift = _ratio(squared_drift(layer.F, layer.G, entry.covariance), output)
+    drift = _ratio(_squared_drift(layer.F, layer.G, entry.covariance), output)
     return LayerDrift(name, drift, _ratio(spectral**2 * free_energy, output), sink_drift)
 
 

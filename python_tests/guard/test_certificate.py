@@ -22,8 +22,9 @@ from guard_helpers import (
 )
 
 import guardspace_kernels as gk
-from guardspace_kernels.guard.certificate import relative_drift, squared_drift, squared_output
+from guardspace_kernels.guard.certificate import relative_drift, squared_output
 from guardspace_kernels.nn import ProjectedLoraLinear
+from guardspace_kernels.ops import squared_drift
 
 HELD_OUT = ([7, 9, 4, 4], [5, 14, 3, 8, 2, 6], [22, 5, 3])
 
@@ -136,7 +137,7 @@ def test_the_bound_holds_for_any_adapter_of_the_same_norm():
         others.append((torch.linalg.qr(torch.randn(max(W.shape[0], d), d, dtype=torch.float64)).Q[: W.shape[0]]) @ P)
         for other in others:
             other = other * norm / torch.linalg.matrix_norm(other, ord=2)
-            drift = math.sqrt(squared_drift(other, torch.eye(d, dtype=torch.float64), entry.covariance)) / output
+            drift = math.sqrt(float(squared_drift(entry.covariance, other, torch.eye(d, dtype=torch.float64)))) / output
             assert drift <= row.bound * (1 + 1e-6)
             worst[row.name] = max(worst.get(row.name, 0.0), drift / row.bound)
         free = float((P @ entry.covariance.double()).trace())
@@ -149,7 +150,7 @@ def test_traces_against_the_tokens():
     X, F, G = (torch.randn(n, m, dtype=torch.float64) for n, m in ((50, 7), (9, 3), (3, 7)))
     W = torch.randn(9, 7, dtype=torch.float64)
     C = X.T @ X
-    assert squared_drift(F, G, C) == pytest.approx(float((X @ G.T @ F.T).square().sum()), rel=1e-12)
+    assert float(squared_drift(C, F, G)) == pytest.approx(float((X @ G.T @ F.T).square().sum()), rel=1e-12)
     assert squared_output(W, C) == pytest.approx(float((X @ W.T).square().sum()), rel=1e-12)
     assert relative_drift(F, G, W, C) == pytest.approx(ratio(X @ G.T @ F.T, X @ W.T), rel=1e-12)
     assert relative_drift(F, G, torch.zeros(9, 7), C) == math.inf

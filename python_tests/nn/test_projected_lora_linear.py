@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from backends import automatic
 from oracle import dense_projector, error, orthonormal
 from torch import nn
 
@@ -197,6 +198,7 @@ def test_default_init_is_that_of_lora():
     assert (layer.lora_A @ layer.projector.basis).norm() < 1e-6
 
 
+@automatic
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_to_one_graph():
     layer = trained(build(dropout=0.2)).eval()

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from backends import automatic
 from oracle import DTYPES, assert_as_exact_as_plain, error
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
@@ -184,10 +185,11 @@ def test_symmetrize_passes_opcheck():
     opcheck(OPS.symmetrize_.default, (torch.randn(D, D),))
 
 
+@automatic
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_to_one_graph_for_every_token_count(backend):
-    counter = CompileCounterWithBackend(backend)
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_to_one_graph_for_every_token_count(compiler):
+    counter = CompileCounterWithBackend(compiler)
 
     def step(C, x, mask):
         covariance_update_(C, x * 2, mask, 0.5)

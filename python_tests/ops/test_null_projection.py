@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import automatic
 from oracle import DTYPES, assert_as_exact_as_plain, dense_projector, error, orthonormal
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
@@ -138,10 +139,11 @@ def test_the_list_form_passes_opcheck():
     )
 
 
+@automatic
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_to_one_graph_for_every_row_count(backend):
-    counter = CompileCounterWithBackend(backend)
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_to_one_graph_for_every_row_count(compiler):
+    counter = CompileCounterWithBackend(compiler)
     basis = orthonormal(D, K, torch.float32)
 
     def step(g, more):

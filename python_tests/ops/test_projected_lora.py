@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import automatic
 from oracle import DTYPES, assert_as_exact_as_plain, dense_projector, error, orthonormal
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
@@ -406,9 +407,10 @@ def test_the_backward_op_passes_opcheck(needs):
     )
 
 
+@automatic
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
-    "case, more, backend, autocast",
+    "case, more, compiler, autocast",
     [
         ("range basis", {}, "aot_eager", False),
         ("no basis", {}, "aot_eager", False),
@@ -418,8 +420,8 @@ def test_the_backward_op_passes_opcheck(needs):
     ],
     ids=["range basis", "no basis", "all", "all, autocast", "inductor"],
 )
-def test_compiles_to_one_graph_for_every_token_count(case, more, backend, autocast):
-    counter, call = CompileCounterWithBackend(backend), arguments(torch.float32, **CASES[case])
+def test_compiles_to_one_graph_for_every_token_count(case, more, compiler, autocast):
+    counter, call = CompileCounterWithBackend(compiler), arguments(torch.float32, **CASES[case])
 
     def layer(x, A, B):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -442,6 +444,7 @@ def test_compiles_to_one_graph_for_every_token_count(case, more, backend, autoca
     assert compilations[0] == compilations[1] > 0
 
 
+@automatic
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_with_the_seed_drawn_inside():
     call = arguments(torch.float32)

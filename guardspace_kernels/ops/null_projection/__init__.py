@@ -16,7 +16,7 @@ from guardspace_kernels.ops._library import (
     require_same_device,
     shape,
 )
-from guardspace_kernels.ops.null_projection import reference
+from guardspace_kernels.ops.null_projection import cpu_kernels, reference  # noqa: F401  # the import registers them
 
 __all__ = ["null_project_"]
 
@@ -44,7 +44,7 @@ def _check_list(g: Sequence[torch.Tensor], basis: Sequence[torch.Tensor], comple
 
 def _project(g: torch.Tensor, basis: torch.Tensor, complement: bool = True) -> None:
     _check(g, basis)
-    dispatch.resolve("null_projection", "null_project_", g, basis)(g, basis, complement)
+    dispatch.resolve("null_projection", "null_project_", g, basis)([(g, basis, complement)])
 
 
 def _project_fake(g: torch.Tensor, basis: torch.Tensor, complement: bool = True) -> None:
@@ -53,8 +53,8 @@ def _project_fake(g: torch.Tensor, basis: torch.Tensor, complement: bool = True)
 
 def _project_list(g: Sequence[torch.Tensor], basis: Sequence[torch.Tensor], complement: Sequence[bool]) -> None:
     _check_list(g, basis, complement)
-    for one, its_basis, its_complement in zip(g, basis, complement, strict=True):
-        dispatch.resolve("null_projection", "null_project_", one, its_basis)(one, its_basis, its_complement)
+    items = list(zip(g, basis, complement, strict=True))
+    dispatch.call_all("null_projection", "null_project_", items, lambda item: item[:2])
 
 
 define(

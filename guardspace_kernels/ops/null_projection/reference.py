@@ -16,5 +16,10 @@ def project(g: torch.Tensor, basis: torch.Tensor, complement: bool) -> torch.Ten
     return g - onto_basis if complement else onto_basis
 
 
-def null_project_(g: torch.Tensor, basis: torch.Tensor, complement: bool) -> None:
-    g.copy_(project(g, basis, complement))
+#: (g, basis, complement)
+Projection = tuple[torch.Tensor, torch.Tensor, bool]
+
+
+def null_project_(projections: list[Projection]) -> None:
+    for g, basis, complement in projections:
+        g.copy_(project(g, basis, complement))

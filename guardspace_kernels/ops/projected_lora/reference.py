@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
-from guardspace_kernels.ops._library import compute_dtype
 from guardspace_kernels.ops.null_projection.reference import project
 
+Fold = Callable[[torch.Tensor, torch.Tensor | None, bool, torch.dtype], torch.Tensor]
 
-def fold(lora_A: torch.Tensor, basis: torch.Tensor | None, complement: bool) -> torch.Tensor:
-    """``A_P = A P`` (r, d_in), at least float32; a contiguous tensor of its own even without a basis."""
+
+def fold(lora_A: torch.Tensor, basis: torch.Tensor | None, complement: bool, dtype: torch.dtype) -> torch.Tensor:
+    """``A_P = A P`` (r, d_in), formed in at least float32; a contiguous tensor of its own even without a basis."""
     if basis is None:
-        return lora_A.to(compute_dtype(lora_A.dtype), copy=True, memory_format=torch.contiguous_format)
-    return project(lora_A, basis, complement).contiguous()
+        return lora_A.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return project(lora_A, basis, complement).to(dtype).contiguous()
 
 
 def dropped(x: torch.Tensor, dropout: float, seed: torch.Tensor | None) -> torch.Tensor:
@@ -38,9 +41,10 @@ def forward(
     frozen_B: torch.Tensor | None,
     dropout: float,
     seed: torch.Tensor | None,
+    fold: Fold = fold,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, h, A_P) with h = drop(x) A_Pᵀ of shape (..., r) and A_P in the dtype of x."""
-    A_P = fold(lora_A, basis, complement).to(x.dtype)
+    A_P = fold(lora_A, basis, complement, x.dtype)
     h = F.linear(dropped(x, dropout, seed), A_P)
     y = _plus_product(F.linear(x, weight, bias), h, scale * lora_B.T)
     if frozen_A is not None and frozen_B is not None:
@@ -70,6 +74,7 @@ def backward(
     dropout: float,
     seed: torch.Tensor | None,
     needs: list[bool],
+    fold: Fold = fold,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dA, dB); an empty tensor for each that ``needs`` = [x, A, B] does not ask for."""
     needs_x, needs_A, needs_B = needs
@@ -84,7 +89,7 @@ def backward(
     if needs_A:
         rows = dropped(x, dropout, seed)
         dA_P = dh.reshape(-1, dh.shape[-1]).T @ rows.reshape(-1, rows.shape[-1])
-        dA = fold(dA_P, basis, complement).to(lora_A.dtype)
+        dA = fold(dA_P, basis, complement, lora_A.dtype)
     if needs_B:
         dB = ((dy.reshape(-1, dy.shape[-1]).T @ h.reshape(-1, h.shape[-1])) * scale).to(lora_B.dtype)
     return dx, dA, dB

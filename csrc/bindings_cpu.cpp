@@ -1,0 +1,97 @@
+// Python bindings of the CPU kernels: pointers, dtypes, sizes and strides; neither torch nor NumPy.
+//
+// A matrix is a tuple (address, dtype, rows, columns, row stride, column stride), strides in elements, or None where an
+// argument is optional. Nothing is checked here: the ops in guardspace_kernels/ops check before they call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+using namespace guardspace;
+
+namespace {
+
+Matrix matrix(const py::object& view) {
+    if (view.is_none()) return {};
+    py::tuple t(view);
+    return {reinterpret_cast<void*>(t[0].cast<uintptr_t>()),
+            static_cast<Dtype>(t[1].cast<int32_t>()),
+            t[2].cast<int64_t>(),
+            t[3].cast<int64_t>(),
+            t[4].cast<int64_t>(),
+            t[5].cast<int64_t>()};
+}
+
+void covariance_update(const py::list& items, int threads) {
+    std::vector<CovarianceUpdate> updates;
+    for (py::handle item : items) {
+        py::tuple t = py::reinterpret_borrow<py::tuple>(item);
+        updates.push_back({matrix(t[0]), matrix(t[1]), reinterpret_cast<const uint8_t*>(t[2].cast<uintptr_t>()),
+                           t[3].cast<double>()});
+    }
+    py::gil_scoped_release release;
+    kernels().covariance_update(updates.data(), static_cast<int64_t>(updates.size()), threads);
+}
+
+void null_project(const py::list& items, int threads) {
+    std::vector<Projection> projections;
+    for (py::handle item : items) {
+        py::tuple t = py::reinterpret_borrow<py::tuple>(item);
+        projections.push_back({matrix(t[0]), matrix(t[1]), matrix(t[2]), t[3].cast<bool>()});
+    }
+    py::gil_scoped_release release;
+    kernels().null_project(projections.data(), static_cast<int64_t>(projections.size()), threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "CPU kernels of guardspace_kernels";
+    m.def("covariance_update", covariance_update);
+    m.def("null_project", null_project);
+    m.def("symmetrize", [](const py::object& covariance, int threads) {
+        Matrix C = matrix(covariance);
+        py::gil_scoped_release release;
+        kernels().symmetrize(C, threads);
+    });
+    m.def("quadratic_form", [](const py::object& covariance, const py::object& u, const py::object& v, int threads) {
+        Matrix C = matrix(covariance), left = matrix(u), right = matrix(v);
+        py::gil_scoped_release release;
+        return kernels().quadratic_form(C, left, right, threads);
+    });
+    m.def("lora_linear", [](const py::object& x, const py::object& w, const py::object& bias, const py::object& down,
+                            const py::object& up, const py::object& h, const py::object& y, int threads) {
+        LoraLinear layer{matrix(x), matrix(w), matrix(bias), matrix(down), matrix(up), matrix(h), matrix(y)};
+        py::gil_scoped_release release;
+        kernels().lora_linear(layer, threads);
+    });
+    m.def("outer_product",
+          [](const py::object& h, const py::object& x, const py::object& out, double scale, int threads) {
+              Matrix left = matrix(h), right = matrix(x), result = matrix(out);
+              py::gil_scoped_release release;
+              kernels().outer_product(left, right, result, scale, threads);
+          });
+    m.def("dropout",
+          [](const py::object& x, const py::object& out, double p, int64_t seed, bool accumulate, int threads) {
+              Matrix source = matrix(x), target = matrix(out);
+              py::gil_scoped_release release;
+              kernels().dropout(source, target, p, static_cast<uint64_t>(seed), accumulate, threads);
+          });
+    m.def("peak_flops", [](int dtype, double seconds, int threads) {
+        py::gil_scoped_release release;
+        return kernels().peak_flops(static_cast<Dtype>(dtype), seconds, threads);
+    });
+    m.def("isa", isa);
+    m.def("use_isa", use_isa);
+    m.def("supported_isas", supported_isas);
+    m.def("openmp", [] {
+#ifdef _OPENMP
+        return true;
+#else
+        return false;
+#endif
+    });
+}

@@ -1,0 +1,40 @@
+"""Null-space projection by the C++ kernels: all pairs in one call, the basis read once, r × k temporaries."""
+
+from __future__ import annotations
+
+import torch
+
+from guardspace_kernels.ops._cpu import accepts as dense
+from guardspace_kernels.ops._cpu import extension, register, rows, view
+from guardspace_kernels.ops._library import compute_dtype
+from guardspace_kernels.ops.null_projection.reference import Projection
+
+
+def accepts(g: torch.Tensor, basis: torch.Tensor) -> tuple[bool, str]:
+    if basis.dtype != compute_dtype(g.dtype, basis.dtype):
+        return False, f"basis is {basis.dtype}; the C++ kernels read it in place, in {compute_dtype(g.dtype)}"
+    return dense(g, basis)
+
+
+def null_project_(projections: list[Projection]) -> None:
+    if len({g.data_ptr() for g, *_ in projections}) < len(projections):  # one matrix twice: one after the other
+        for projection in projections:
+            null_project_([projection])
+        return
+    items, copies = [], []
+    for g, basis, complement in projections:
+        flat = rows(g)
+        items.append((view(flat), view(flat), view(basis), complement))
+        copies.append(flat)
+    extension.null_project(items, torch.get_num_threads())
+    for (g, _, _), flat in zip(projections, copies, strict=True):
+        if flat.data_ptr() != g.data_ptr():
+            g.copy_(flat.view(g.shape))
+
+
+def project_into(out: torch.Tensor, g: torch.Tensor, basis: torch.Tensor, complement: bool) -> None:
+    """``out ← g P`` (r, d), each in its own dtype."""
+    extension.null_project([(view(out), view(g), view(basis), complement)], torch.get_num_threads())
+
+
+register("null_projection", accepts, null_project_=null_project_)

@@ -1,0 +1,213 @@
+"""The suite itself: nothing wrong gets a number, and what is stored is what was measured."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import bench_covariance, bench_projected_lora, bench_training_step, run, targets, timing
+
+PEAKS = {"flops": {"float32": 1e9, "bfloat16": 1e9}, "flops_source": "made up", "copy": 1e9}
+TURNS = {"budget": 0.0, "least": 2, "most": 2}
+
+
+@pytest.fixture
+def case():
+    return bench_projected_lora.build(**bench_projected_lora.cases("tiny", ("float32",))[0])
+
+
+def rows_of(case):
+    return {row["contestant"]: row for row in timing.measure(case, PEAKS, **TURNS)}
+
+
+def wrong(change):
+    """A contestant's outputs with the first entry of dA changed."""
+
+    def spoil(outputs):
+        def spoilt():
+            result = outputs()
+            result["dA"].view(-1)[0] = change(result["dA"].view(-1)[0])
+            return result
+
+        return spoilt
+
+    return spoil
+
+
+def dropped(outputs):
+    return lambda: {key: value for key, value in outputs().items() if key != "dA"}
+
+
+def reshaped(outputs):
+    return lambda: {key: value[:1] for key, value in outputs().items()}
+
+
+def raising(_outputs):
+    def fail():
+        raise MemoryError("no room\nfor it")
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (wrong(lambda v: v * 1.001 + 1e-3), "error of dA"),
+        (wrong(lambda v: v * float("nan")), "error of dA nan"),
+        (dropped, "gave"),
+        (reshaped, "error of"),
+        (raising, "raised MemoryError: no room"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ours", "dense P per token"])
+def test_a_wrong_contestant_gets_a_reason_instead_of_a_number(case, name, spoil, reason):
+    contestant = case.contestants[name]
+    contestant.outputs = spoil(contestant.outputs)
+    contestant.run = lambda: pytest.fail("a refused contestant was timed")
+    rows = rows_of(case)
+    assert reason in rows[name]["refused"]
+    assert not {"seconds", "of_peak", "saved", "leak"} & rows[name].keys()
+    assert all(row["refused"] is None and row["seconds"] > 0 for other, row in rows.items() if other != name)
+    table = run.case_table(list(rows.values()), markdown=False)
+    line = next(line for line in table.splitlines() if line.startswith(f"{name}  "))
+    assert reason in line and " – " in line
+
+
+def test_the_yardstick_is_checked_too(case):
+    plain = case.contestants["plain LoRA"]  # bounds its own error, so only the ceiling can refuse it
+    plain.outputs = wrong(lambda v: v * 2 + 1)(plain.outputs)
+    assert "error of dA" in rows_of(case)["plain LoRA"]["refused"]
+
+
+def test_contestants_take_turns():
+    calls = []
+    times = timing.time_by_turns(
+        {name: lambda name=name: calls.append(name) for name in "abc"}, budget=0.0, least=3, most=9, block=0.0
+    )
+    assert calls == ["a", "a", "b", "b", "c", "c", *"abc", *"bca", *"cab"]
+    assert {name: len(seconds) for name, seconds in times.items()} == dict.fromkeys("abc", 3)
+
+
+def test_rounds_go_on_while_the_budget_lasts():
+    assert len(timing.time_by_turns({"a": lambda: None}, budget=60.0, least=1, most=7)["a"]) == 7
+
+
+def test_run_stores_what_it_measured_and_draws_it(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from benchmarks import plot
+
+    out = tmp_path / "results.json"
+    arguments = ["--tiny", "--op", "covariance", "projected_lora", "null_projection", "--out", str(out)]
+    assert run.main([*arguments, "--threads", str(torch.get_num_threads())]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(out.read_text())
+    assert {row["op"] for row in result["rows"]} == {"covariance", "projected_lora", "null_projection"}
+    ours = [row for row in result["rows"] if row["contestant"] == "ours"]
+    assert all(row["seconds"] > 0 and row["rounds"] == 2 and row["of_peak"] > 0 for row in ours)
+    assert all("leak" in row for row in ours if row["op"] != "covariance")
+    refused = [row for row in result["rows"] if row["refused"]]
+    assert [row["contestant"] for row in refused] == ["own dtype"] and refused[0]["refused"] in printed
+    environment = result["environment"]
+    assert environment["threads"] == torch.get_num_threads() and environment["versions"]["torch"] in torch.__version__
+    assert {"cpu", "flags", "cores", "date", "commit", "load"} <= environment.keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert "not measured" in printed  # the table of targets
+
+    assert run.main(["--targets", str(out), "--compare", str(out), "--markdown"]) == 0
+    printed = capsys.readouterr().out
+    assert "| covariance | ours | geometric mean |  |  | 1.00 |" in printed
+
+    plot.main([str(out)])
+    for name in ("tokens.png", "rank.png", "baselines.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_of_several_runs_are_read_as_one(tmp_path):
+    paths = [tmp_path / f"{i}.json" for i in range(2)]
+    for i, path in enumerate(paths):
+        timing.write_json(path, {"environment": {"run": i}, "rows": [{"op": str(i)}]})
+    assert timing.read_json(paths) == {"environment": {"run": 0}, "rows": [{"op": "0"}, {"op": "1"}]}
+
+
+def test_a_failed_write_leaves_the_old_results(tmp_path):
+    path = tmp_path / "results.json"
+    timing.write_json(path, {"rows": []})
+    with pytest.raises(TypeError):
+        timing.write_json(path, {"rows": [object()]})
+    assert timing.read_json([path]) == {"rows": []} and list(tmp_path.iterdir()) == [path]
+
+
+def row(contestant, seconds, T=256, dtype="bfloat16", refused=None, **more):
+    shape = {"T": T, "d": 576, "dtype": dtype}
+    found = {"op": "covariance", "shape": shape, "contestant": contestant, "refused": refused, **more}
+    return found if refused else {**found, "seconds": seconds}
+
+
+def verdict(rows, what="covariance bfloat16"):
+    return next((*line[3:5], line[-1]) for line in targets.report(rows) if line[0] == what)
+
+
+def test_targets_are_judged_by_the_geometric_mean_and_the_worst_shape():
+    rows = [row("ours", 1.0), row("addmm_ float32", 4.0), row("ours", 1.0, T=1024), row("addmm_ float32", 9.0, T=1024)]
+    assert verdict(rows) == ("6.00×", "4.00× (T=256 d=576 dtype=bfloat16)", "met")
+    short = [row("ours", 1.0, T=8), row("addmm_ float32", 0.1, T=8)]
+    assert verdict(rows + short)[0] == "6.00×"  # shown elsewhere, not judged
+    slow = [row("ours", 1.0, T=4096), row("addmm_ float32", 0.9, T=4096)]
+    fast = [row("ours", 1.0, T=512), row("addmm_ float32", 90.0, T=512)]
+    assert verdict(rows + slow + fast)[1:] == ("0.90× (T=4096 d=576 dtype=bfloat16)", "missed")
+    assert verdict(rows + [row("ours", 0, T=4096, refused="error of C")])[-1] == "missed"
+    assert verdict([]) == ("–", "–", "not measured")
+
+
+def test_the_ideal_is_the_frozen_layer_times_its_flops():
+    shape = {"T": 256, "d_in": 576, "d_out": 576, "r": 16, "dtype": "float32"}
+    frozen = {"seconds": 10.0, "rho": 0.1, "flops": 100}
+    ours = {"seconds": 12.1, "rho": 0.1, "flops": 110, "saved": 50}
+    naive = {"seconds": 22.0, "rho": 0.1, "flops": 220}
+    named = {"frozen linear": frozen, "ours": ours, "dense P per token": naive}
+    rows = [
+        {"op": "projected_lora", "shape": shape, "contestant": name, "refused": None, **values}
+        for name, values in named.items()
+    ]
+    found = {tuple(line[:2]): line[3] for line in targets.report(rows)}
+    assert found["LoRA layer float32", "frozen linear · (1 + ρ)"] == "1.10×"
+    assert found["LoRA layer float32", "dense P, of the FLOP ratio"] == "0.91×"
+
+
+def test_comparison_with_an_earlier_run():
+    old = [row("ours", 2.0), row("ours", 8.0, T=1024), row("own dtype", 0, refused="error of C")]
+    new = [row("ours", 1.0), row("ours", 1.0, T=1024), row("own dtype", 1.0), row("ours", 1.0, T=4096)]
+    lines = run.comparison(new, old, markdown=True).splitlines()
+    assert len(lines) == 2 + 2 + 1
+    assert [line.split(" | ")[-1] for line in lines[2:]] == ["2.00 |", "8.00 |", "4.00 |"]
+
+
+def test_a_refused_kernel_fails_the_run(tmp_path, capsys):
+    timing.write_json(tmp_path / "r.json", {"rows": [row("ours", 0, refused="error of C 1e-1 > 1e-6")]})
+    assert run.main(["--targets", str(tmp_path / "r.json")]) == 1
+
+
+@pytest.mark.parametrize("module", [bench_covariance, bench_projected_lora])
+def test_the_full_set_is_the_grid_of_the_targets(module):
+    shapes = module.cases("full", ("bfloat16", "float32"))
+    assert {s["T"] for s in shapes} == {1, 8, 32, 256, 1024, 4096}
+    long = [s for s in shapes if s["T"] >= 256]
+    assert len(long) == 2 * 3 * (3 if module is bench_covariance else 5 * 4)
+
+
+def test_training_step_end_to_end(monkeypatch):
+    """A two-layer model: the checks, the facts and the guard's share, with the processes for memory left out."""
+    monkeypatch.setattr(bench_training_step, "peak_memory", lambda *_: 1.0)
+    case = bench_training_step.build.__wrapped__(**bench_training_step.cases("tiny", ("bfloat16",))[0])
+    rows = rows_of(case)
+    assert all(r["refused"] is None for r in rows.values()), rows
+    assert all(rows[name]["leak"] < 1e-5 for name in rows if name.startswith("ours"))
+    assert all(rows[name]["saved"] <= rows["PEFT LoRA"]["saved"] for name in rows if name.startswith("ours"))
+    assert rows["naive GuardSpace"]["flops"] > rows["ours"]["flops"] > rows["PEFT LoRA"]["flops"]
+
+
+def test_peak_memory_is_that_of_another_process(tmp_path):
+    shape = bench_training_step.cases("tiny", ("float32",))[0]
+    bench_training_step._plan("tiny", torch.float32, shape["r"]).save(tmp_path / "plan.safetensors")
+    ballast = torch.ones(2**28)  # 1 GiB here must not show there
+    assert 50e6 < bench_training_step.peak_memory("ours", shape, tmp_path / "plan.safetensors") < ballast.nbytes

@@ -1,0 +1,11 @@
+"""The modules run on the reference and on the C++ kernels."""
+
+from __future__ import annotations
+
+import pytest
+from backends import backend  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def _on_every_backend(backend):  # noqa: F811
+    pass

@@ -1,0 +1,239 @@
+"""The C++ kernels of the null projection, on every instruction set, against float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from backends import Guarded, on_all_threads, poison_scratch, same_bits, use_threads
+from oracle import DTYPES, FLOOR, dense_projector, orthonormal
+
+from guardspace_kernels.ops import null_project_
+from guardspace_kernels.ops.null_projection import cpu_kernels, reference
+
+pytestmark = pytest.mark.cpu_kernels
+
+RANKS = (1, 3, 16, 47, 48, 49, 130)
+#: (d, k): no column, one, all; odd and even; more than are kept in registers or read at a time (128 and 512).
+BASES = [
+    (1, 0),
+    (1, 1),
+    (2, 1),
+    (7, 3),
+    (12, 12),
+    (13, 0),
+    (47, 11),
+    (48, 48),
+    (49, 24),
+    (97, 33),
+    (130, 129),
+    (257, 130),
+]
+LONG_BASES = [(600, 520), (1030, 513)]
+FORMS = pytest.mark.parametrize("complement", [True, False], ids=["range basis", "null basis"])
+#: dtypes of g and basis
+PAIRS = [
+    *((dtype, torch.float32) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+    *((dtype, torch.float64) for dtype in DTYPES),
+]
+
+
+@pytest.fixture
+def backend():
+    """The instruction set's fixture insists on the kernels."""
+
+
+def projected(g, basis, complement):
+    g = g.clone()
+    null_project_(g, basis, complement)
+    return g
+
+
+def assert_exact(result, g, basis, complement, case=""):
+    """As exact as two products in plain PyTorch, relative to the largest entry of G, whatever is left of it."""
+    truth = g.double() @ dense_projector(basis, complement, g.shape[-1])
+    plain = reference.project(g, basis, complement).to(g.dtype)
+    largest = g.double().abs().max() if g.numel() else 1.0
+    errors = [(t.double() - truth).abs().max().item() / largest if t.numel() else 0.0 for t in (result, plain)]
+    assert result.dtype == g.dtype
+    assert errors[0] <= 2 * errors[1] + FLOOR[g.dtype], f"{case} {errors[0]:.2e}, plain {errors[1]:.2e}"
+
+
+@FORMS
+@pytest.mark.parametrize("dtype, basis_dtype", PAIRS, ids=str)
+def test_every_rank_and_basis(isa, dtype, basis_dtype, complement):
+    cases = {}
+    for r, (d, k) in [*itertools.product(RANKS, BASES), *zip((3, 49), LONG_BASES, strict=True)]:
+        cases[r, d, k] = torch.randn(r, d).to(dtype), orthonormal(d, k, basis_dtype)
+    results = {case: projected(*inputs, complement) for case, inputs in cases.items()}
+    for case, inputs in cases.items():
+        assert_exact(results[case], *inputs, complement, f"r, d, k = {case}:")
+    for threads in (1, 2, 4):
+        with use_threads(threads):
+            for case, inputs in cases.items():
+                assert same_bits(projected(*inputs, complement), results[case]), (threads, case)
+
+
+LAYOUTS = {
+    "wide rows": lambda r, d: torch.full((r, d + 9), torch.nan, dtype=torch.float64)[:, 4 : 4 + d],
+    "every third row": lambda r, d: torch.full((3 * r, d), torch.nan, dtype=torch.float64)[1::3],
+    "every second column": lambda r, d: torch.full((r, 2 * d), torch.nan, dtype=torch.float64)[:, 1::2],
+    "column-major": lambda r, d: torch.full((d, r), torch.nan, dtype=torch.float64).T,
+}
+
+
+def laid_out(t, layout):
+    """The view of a larger buffer of NaN that holds ``t``, and the buffer."""
+    view = LAYOUTS[layout](*t.shape)
+    buffer = view._base.to(t.dtype)
+    return buffer.as_strided(view.shape, view.stride(), view.storage_offset()).copy_(t), buffer
+
+
+@FORMS
+@pytest.mark.parametrize("dtype, basis_dtype", PAIRS, ids=str)
+@pytest.mark.parametrize("of", ["g", "basis"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_change_nothing(isa, layout, of, dtype, basis_dtype, complement):
+    for r, d, k in ((1, 7, 3), (50, 49, 24), (3, 140, 130)):
+        g, basis = torch.randn(r, d).to(dtype), orthonormal(d, k, basis_dtype)
+        t = g if of == "g" else basis
+        strided, buffer = laid_out(t, layout)
+        before = buffer.clone()
+        expected = projected(g, basis, complement)
+        if of == "g":
+            null_project_(strided, basis, complement)
+            assert same_bits(strided, expected)
+            strided.copy_(t)
+        else:
+            null_project_(g, strided, complement)
+            assert same_bits(g, expected)
+        assert same_bits(buffer, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_dimensions_than_two(isa, dtype):
+    basis = orthonormal(31, 9, torch.promote_types(dtype, torch.float32))
+    for g in (torch.randn(3, 5, 31), torch.randn(31), torch.randn(2, 0, 31), torch.randn(5, 3, 31).transpose(0, 1)):
+        g = g.to(dtype)
+        expected = projected(g.reshape(-1, 31).clone(), basis, True).view(g.shape)
+        null_project_(g, basis)
+        assert same_bits(g, expected)
+
+
+LISTS = {
+    "few and large, all threads on each": [(130, 257, 130), (16, 97, 33), (1, 600, 20)],
+    "one": [(16, 1030, 513)],
+    "many and small, a thread on each": [(r, d, k) for r in (1, 16, 49) for d, k in BASES],
+}
+
+
+@pytest.mark.parametrize("sizes", LISTS)
+def test_a_list_equals_one_call_each_bit_for_bit(isa, sizes):
+    pairs, forms = itertools.cycle(PAIRS), itertools.cycle([True, False, False])
+    items = [
+        (torch.randn(r, d).to(dtype), orthonormal(d, k, basis_dtype), complement)
+        for (r, d, k), (dtype, basis_dtype), complement in zip(LISTS[sizes], pairs, forms, strict=False)
+    ]
+    singly = [projected(*item) for item in items]
+
+    def together():
+        gs = [g.clone() for g, *_ in items]
+        null_project_(gs, [basis for _, basis, _ in items], [complement for *_, complement in items])
+        return gs
+
+    for gs in on_all_threads(together):
+        assert all(same_bits(a, b) for a, b in zip(gs, singly, strict=True))
+
+
+def test_one_matrix_twice_in_a_list_is_projected_twice(isa):
+    g, one, two = torch.randn(20, 60), orthonormal(60, 7, torch.float32), orthonormal(60, 9, torch.float32)
+    expected = projected(projected(g, one, True), two, False)
+    other = torch.randn(3, 60)
+    null_project_([g, other, g], [one, one, two], [True, True, False])
+    assert same_bits(g, expected) and (other @ one).abs().max() < 1e-5
+
+
+@FORMS
+def test_projecting_twice_is_projecting_once(isa, complement):
+    for r, d, k in ((16, 97, 33), (130, 257, 130)):
+        basis = orthonormal(d, k, torch.float64)
+        once = projected(torch.randn(r, d, dtype=torch.float64), basis, complement)
+        torch.testing.assert_close(projected(once, basis, complement), once, rtol=0, atol=1e-13)
+
+
+@FORMS
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype, basis_dtype", PAIRS, ids=str)
+def test_a_bad_entry_shows_in_its_row_only(isa, dtype, basis_dtype, bad, complement):
+    for r, d, k, i, j in ((1, 13, 3, 0, 12), (50, 49, 24, 47, 0), (49, 140, 131, 48, 139)):
+        g, basis = torch.randn(r, d).to(dtype), orthonormal(d, k, basis_dtype)
+        g[i, j] = bad
+        finite = projected(g, basis, complement).isfinite()
+        assert not finite[i].any() and finite[torch.arange(r) != i].all()
+
+
+@pytest.mark.parametrize("dtype, basis_dtype", PAIRS, ids=str)
+def test_nothing_beyond_the_operands_is_read_or_written(isa, dtype, basis_dtype):
+    for (r, d, k), complement in itertools.product(
+        ((1, 1, 1), (3, 13, 5), (50, 49, 47), (16, 140, 129)), (True, False)
+    ):
+        poison_scratch(1)
+        g, basis = Guarded.around(torch.randn(r, d).to(dtype)), Guarded.around(orthonormal(d, k, basis_dtype))
+        expected = projected(g.matrix.clone(), basis.matrix.clone(), complement)
+        poison_scratch(1)
+        null_project_(g.matrix, basis.matrix, complement)
+        assert same_bits(g.matrix, expected) and expected.isfinite().all() and g.intact() and basis.intact()
+
+
+def converted(source, to, d=64, stride=1):
+    """``source`` through the kernels' conversions: the projection onto all, with an empty basis."""
+    wide = torch.promote_types(torch.promote_types(source.dtype, to), torch.float32)
+    g = torch.empty(len(source) // d, d * stride, dtype=source.dtype)[:, ::stride].copy_(source.view(-1, d))
+    out = torch.full((len(g), d * stride), torch.nan, dtype=to)[:, ::stride]
+    cpu_kernels.project_into(out, g, torch.empty(d, 0, dtype=wide), True)
+    return out.reshape(-1)
+
+
+def assert_converts(source, to, dtype_of_values=None):
+    expected = source.to(to)
+    for d, stride in ((64, 1), (64, 2), (1, 1), (8, 1)):
+        for result in on_all_threads(lambda: converted(source, to, d, stride)):  # noqa: B023
+            assert torch.equal(result.isnan(), expected.isnan())
+            number = ~expected.isnan()
+            assert same_bits(result[number], expected[number])
+
+
+HALVES = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+
+
+def every(half):
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(half)
+
+
+@HALVES
+@pytest.mark.parametrize("to", [torch.float32, torch.float64, None], ids=str)
+def test_every_half_precision_number_is_read_exactly(isa, half, to):
+    assert_converts(every(half), to or half)
+
+
+@HALVES
+@pytest.mark.parametrize("source", [torch.float32, torch.float64], ids=str)
+def test_halves_are_rounded_to_nearest_ties_to_even(isa, half, source):
+    """Every half, the middle between it and the next one away from zero, and the float32 numbers beside the middle."""
+    values = every(half)
+    following = (values.view(torch.int16) + 1).view(half)
+    middle = ((values.double() + following.double()) / 2).float()  # exact
+    middle = torch.where(values.abs() == torch.finfo(half).max, values.double() * (1 + 2.0**-12), middle).float()
+    up, down = (middle.nextafter(middle * factor) for factor in (2, 0.5))
+    assert_converts(torch.cat([values.float(), middle, up, down]).to(source), half)
+
+
+@HALVES
+def test_overflow_underflow_and_special_numbers_are_those_of_torch(isa, half):
+    largest = torch.finfo(half).max
+    border = {torch.float16: 65520.0, torch.bfloat16: 2.0**128 - 2.0**119}[half]  # rounds to infinity, as a tie
+    numbers = [0.0, largest, 3.3e38, torch.inf, torch.nan, 1e-45, 1e-40, 2.0**-25, 2.0**-24, 2.0**-126, 6e-8, 3e-8, 1.0]
+    values = torch.tensor([*numbers, border, border * (1 - 2.0**-23), 65504.0, 65519.99], dtype=torch.float64).float()
+    random = torch.randint(-(2**31), 2**31, (2**15 - 2 * len(values),)).to(torch.int32).view(torch.float32)
+    assert_converts(torch.cat([values, -values, random]), half)

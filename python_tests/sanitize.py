@@ -1,0 +1,87 @@
+"""The tests of the C++ kernels under AddressSanitizer and UBSan, once for every instruction set that this CPU has.
+
+``make sanitize`` runs it; arguments go to pytest, and GUARDSPACE_ISA restricts it to one instruction set. torch's
+tensors come from AddressSanitizer's malloc, so that a kernel that reads or writes one byte too far ends the run with a
+report.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "sanitize"
+PACKAGE = BUILD / "lib" / "guardspace_kernels"
+COMPILER = os.environ.get("CXX") or "g++"  # on macOS c++ is clang, which has other runtimes
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1"
+RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")  # without the last they would miss C++ exceptions
+
+SUPPORTED = "import torch; from guardspace_kernels import _cpu; print(*_cpu.supported_isas())"
+
+
+def pytest_configure() -> None:
+    """As a plugin of pytest: the sanitized extension is loaded, before any conftest.py can put another one first."""
+    from guardspace_kernels import _cpu
+
+    if Path(_cpu.__file__).parent != PACKAGE:
+        pytest.exit(f"not the sanitized extension in {PACKAGE} would be tested, but {_cpu.__file__}", returncode=1)
+
+
+def build() -> None:
+    """A sanitized copy of the package, so that the one in use stays as it is."""
+    shutil.rmtree(BUILD / "lib", ignore_errors=True)  # modules that no longer exist; the objects are kept
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", PACKAGE.parent, "--build-temp", BUILD / "temp"]
+    environment = {**os.environ, "CXX": COMPILER, "CXXFLAGS": FLAGS, "GUARDSPACE_REQUIRE_EXT": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+
+def preload() -> str:
+    """The compiler's runtimes, which must be loaded before anything allocates."""
+    paths = []
+    for name in RUNTIMES:
+        command = [*shlex.split(COMPILER), f"-print-file-name={name}"]
+        paths.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+        if not os.path.isabs(paths[-1]):
+            sys.exit(f"{COMPILER} has no {name}: set CXX to a GCC that comes with its sanitizers")
+    return ":".join(paths)
+
+
+def main(arguments: list[str]) -> int:
+    build()
+    environment = {
+        "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "passive",  # there are several processes of several threads
+        **os.environ,
+        "GUARDSPACE_REQUIRE_EXT": "1",
+        "PYTHONSAFEPATH": "1",  # `python -c` in a test would find the package in ROOT first
+        "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), str(ROOT / "python_tests")]),
+        "LD_PRELOAD": preload(),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+    asked = subprocess.run(
+        [sys.executable, "-c", SUPPORTED], cwd=BUILD, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    # Pytest's handler of signals and its capture of file descriptors would hide the sanitizers' reports.
+    options = shlex.split("-m cpu_kernels -p sanitize -p no:faulthandler -p no:cacheprovider --capture=sys")
+    if not any(Path(ROOT, argument.split("::")[0]).exists() for argument in arguments):
+        options += ["python_tests/ops", "python_tests/nn"]
+    for isa in (os.environ.get("GUARDSPACE_ISA") or asked.stdout).split():
+        print(f"== {isa}", flush=True)
+        command = [Path(sys.executable).with_name("pytest"), *options, *arguments]  # python -m would put ROOT first
+        status = subprocess.run(command, cwd=ROOT, env={**environment, "GUARDSPACE_ISA": isa}).returncode
+        if status:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
