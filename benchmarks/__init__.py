@@ -1,0 +1,1 @@
+"""Benchmarks: what every op costs, against every way of writing it in plain PyTorch."""

@@ -1,0 +1,154 @@
+"""``python -m benchmarks.run``: checks every contestant in float64, times them by turns, prints and stores."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import bench_covariance, bench_null_projection, bench_projected_lora, bench_training_step
+from . import targets as goals
+from .timing import Row, environment, label, measure, peaks, read_json, write_json
+
+MODULES = {m.OP: m for m in (bench_covariance, bench_projected_lora, bench_null_projection, bench_training_step)}
+DTYPES = ("bfloat16", "float32")
+#: Speed-ups are told over these two: the plain PyTorch form that a competent person writes, and the naive one.
+YARDSTICKS = {
+    "covariance": ("addmm_ float32", "paper's hook"),
+    "projected_lora": ("folded eager", "dense P per token"),
+    "null_projection": ("addmm_", "dense P"),
+    "training_step": ("PEFT LoRA", "naive GuardSpace"),
+}
+#: Seconds of alternation per case and fewest rounds.
+EFFORT = {"tiny": (0.0, 2), "quick": (2.0, 5), "default": (2.0, 5), "full": (10.0, 7)}
+
+
+def table(header: list[str], rows: list[list[str]], markdown: bool) -> str:
+    if markdown:
+        lines = [header, ["---"] * len(header), *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (header, *rows)
+    )
+
+
+def case_table(rows: list[Row], markdown: bool) -> str:
+    """The contestants of one case."""
+    op = rows[0]["op"]
+    seconds = {row["contestant"]: row.get("seconds") for row in rows}
+    extra = [
+        key for key in ("saved", "saved_model", "peak_memory", "protected", "leak") if any(key in row for row in rows)
+    ]
+    header = [label(rows[0]["shape"]), "ms", "quartiles", *(f"× {name}" for name in YARDSTICKS[op])]
+    header += ["of peak", "of copy", "error", *(key.replace("_", " ") for key in extra)]
+    if any(row["refused"] for row in rows):
+        header.append("refused")
+    lines = []
+    for row in rows:
+        error = "–" if row["error"] is None else f"{row['error']:.0e}"
+        if row["refused"] is not None:
+            lines.append([row["contestant"], *["–"] * 6, error, *["–"] * len(extra), row["refused"]])
+            continue
+        low, high = (1e3 * q for q in row["quartiles"])
+        line = [row["contestant"], f"{1e3 * row['seconds']:.3g}", f"{low:.3g}–{high:.3g}"]
+        for name in YARDSTICKS[op]:
+            line.append("–" if not seconds.get(name) else f"{seconds[name] / row['seconds']:.2f}")
+        line += [f"{row['of_peak']:.0%}", f"{row['of_bandwidth']:.0%}", error]
+        line += [_fact(key, row.get(key)) for key in extra]
+        lines.append([*line, *[""] * (len(header) - len(line))])
+    return table(header, lines, markdown)
+
+
+def _fact(key: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    if key == "protected":
+        return f"{value:.0%}"
+    if key == "leak":
+        return f"{value:.0e}"
+    return f"{value / 2**20:.1f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"
+
+
+def targets_table(rows: list[Row], markdown: bool) -> str:
+    return table(goals.HEADER, goals.report(rows), markdown)
+
+
+def comparison(new: list[Row], old: list[Row], markdown: bool) -> str:
+    """Old time over new time, row by row, and their geometric means: above 1 is faster now."""
+
+    def times(rows: list[Row]) -> dict[tuple[str, str, str], float]:
+        return {(r["op"], r["contestant"], label(r["shape"])): r["seconds"] for r in rows if r["refused"] is None}
+
+    now, before = times(new), times(old)
+    ratios = {key: before[key] / now[key] for key in now if key in before}
+    lines = [[*key, f"{1e3 * before[key]:.3g}", f"{1e3 * now[key]:.3g}", f"{r:.2f}"] for key, r in ratios.items()]
+    for op, contestant in dict.fromkeys(key[:2] for key in ratios):
+        mean = goals.geometric_mean(r for key, r in ratios.items() if key[:2] == (op, contestant))
+        lines.append([op, contestant, "geometric mean", "", "", f"{mean:.2f}"])
+    return table(["op", "contestant", "shape", "ms before", "ms now", "× faster"], lines, markdown)
+
+
+def run(
+    size: str, ops: list[str], dtypes: tuple[str, ...], threads: int, out: Path | None, markdown: bool
+) -> list[Row]:
+    """Measures and prints; ``out`` is rewritten after every case, so that an interrupted run leaves its results."""
+    result: dict[str, Any] = {"environment": environment(threads), "size": size}
+    load = result["environment"]["load"]
+    if load is not None and load > 0.5:
+        print(f"warning: load average {load:.2f} before the start; the machine is not idle", file=sys.stderr)
+    torch.set_num_threads(threads)
+    result["peaks"] = peaks(threads, small=size == "tiny")
+    rows: list[Row] = []
+    result["rows"] = rows
+    env, found = result["environment"], result["peaks"]
+    print(f"{env['cpu']}, {threads} of {env['cores']} threads, torch {torch.__version__}, {'; '.join(env['backends'])}")
+    rates = ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in found["flops"].items())
+    print(f"peak: {rates} ({found['flops_source']}); copy {found['copy'] / 1e9:.1f} GB/s")
+    budget, least = EFFORT[size]
+    for op in ops:
+        print(f"\n{'## ' if markdown else ''}{op}", flush=True)
+        for params in MODULES[op].cases(size, dtypes):
+            case = MODULES[op].build(**params)
+            measured = measure(case, found, budget=budget, least=least, most=2 if size == "tiny" else 50)
+            del case
+            rows += measured
+            print("\n" + case_table(measured, markdown), flush=True)
+            if out is not None:
+                write_json(out, result)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="two shapes an op: minutes")
+    size.add_argument(
+        "--full", dest="size", action="store_const", const="full", help="every shape of the targets: hours"
+    )
+    size.add_argument("--tiny", dest="size", action="store_const", const="tiny", help=argparse.SUPPRESS)
+    parser.add_argument("--op", nargs="+", choices=MODULES, default=list(MODULES), help="default: all")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: both")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="JSON file of the results, such as benchmarks/results/NAME.json")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="against the results of an earlier run")
+    parser.add_argument("--targets", type=Path, nargs="+", metavar="FILE", help="measure nothing; judge these results")
+    parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
+    args = parser.parse_args(argv)
+    before = read_json([args.compare])["rows"] if args.compare else None
+    if args.targets:
+        rows = read_json(args.targets)["rows"]
+    else:
+        rows = run(args.size or "default", args.op, tuple(args.dtype), args.threads, args.out, args.markdown)
+    print("\n" + targets_table(rows, args.markdown))
+    if before is not None:
+        print("\n" + comparison(rows, before, args.markdown))
+    return 1 if any(row["refused"] for row in rows if row["contestant"].startswith("ours")) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

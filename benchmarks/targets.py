@@ -1,0 +1,165 @@
+"""The performance targets of the CPU kernels, judged by code from a file of results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .timing import Row, label
+
+Values = dict[str, float]  # shape -> value
+_STEP = "training_step"
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+@dataclass(frozen=True)
+class Target:
+    """``value(rows of one shape by contestant, our contestant)``, whose geometric mean over the shapes of ``op`` that
+    ``where`` selects is to be at least (or at most) ``wanted``; where it is a speed-up no shape may be below 0.95."""
+
+    what: str
+    against: str
+    op: str
+    where: Callable[[dict[str, Any]], bool]
+    value: Callable[[dict[str, Row], str], float]
+    wanted: float
+    at_least: bool = True
+
+    def values(self, rows: list[Row], ours: str = "ours") -> Values:
+        """By shape; shapes where a contestant is missing or was refused are left out."""
+        found = {}
+        for shape, contestants in by_shape(rows, self.op, self.where).items():
+            try:
+                found[shape] = self.value(contestants, ours)
+            except KeyError:
+                continue
+        return found
+
+    def met(self, rows: list[Row]) -> bool | None:
+        """None if nothing was measured. A refused shape of ours is a miss."""
+        values = list(self.values(rows).values())
+        refused = any(
+            r["refused"] for r in rows if r["op"] == self.op and r["contestant"] == "ours" and self.where(r["shape"])
+        )
+        if not values:
+            return False if refused else None
+        mean = geometric_mean(values)
+        good = mean >= self.wanted and min(values) >= 0.95 if self.at_least else mean <= self.wanted
+        return good and not refused
+
+
+def by_shape(rows: list[Row], op: str, where: Callable[[dict[str, Any]], bool]) -> dict[str, dict[str, Row]]:
+    """Shape -> contestant -> row, of those that have a number."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["op"] == op and row["refused"] is None and where(row["shape"]):
+            found.setdefault(label(row["shape"]), {})[row["contestant"]] = row
+    return found
+
+
+def _speedup(baseline: str) -> Callable[[dict[str, Row], str], float]:
+    return lambda rows, ours: rows[baseline]["seconds"] / rows[ours]["seconds"]
+
+
+def _of_ideal(rows: dict[str, Row], ours: str) -> float:
+    frozen = rows["frozen linear"]
+    return rows[ours]["seconds"] / (frozen["seconds"] * (1 + frozen["rho"]))
+
+
+def _of_flop_ratio(rows: dict[str, Row], ours: str) -> float:
+    naive, mine = rows["dense P per token"], rows[ours]
+    return (naive["seconds"] / mine["seconds"]) / (naive["flops"] / mine["flops"])
+
+
+def _saved(rows: dict[str, Row], ours: str) -> float:
+    return rows[ours]["saved"] / rows["PEFT LoRA"]["saved"]
+
+
+def _long(dtype: str) -> Callable[[dict[str, Any]], bool]:
+    """Targets hold from 256 tokens; fewer are shown and not judged."""
+    return lambda shape: shape["dtype"] == dtype and shape["T"] >= 256
+
+
+def _dtype(dtype: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda shape: shape["dtype"] == dtype
+
+
+def _matrix(shape: dict[str, Any]) -> bool:
+    return "d" in shape
+
+
+def _model(shape: dict[str, Any]) -> bool:
+    return "blocks" in shape
+
+
+def targets() -> list[Target]:
+    both = ("bfloat16", "float32")
+    lora, null = "projected_lora", "null_projection"
+    eager = "`G.addmm_(G @ Q, Q.T, alpha=-1)`"
+    return [
+        Target("covariance bfloat16", "`x.float()`, `addmm_`", "covariance", _long("bfloat16"),
+               _speedup("addmm_ float32"), 4.2),
+        Target("covariance bfloat16", "the paper's hook", "covariance", _long("bfloat16"),
+               _speedup("paper's hook"), 4.5),
+        Target("covariance float32", "`addmm_`", "covariance", _long("float32"), _speedup("addmm_ float32"), 2.0),
+        *(Target(f"LoRA layer {d}", "frozen linear · (1 + ρ)", lora, _long(d), _of_ideal, 1.04, False) for d in both),
+        *(Target(f"LoRA layer {d}", "plain LoRA", lora, _long(d), _speedup("plain LoRA"), 1.0) for d in both),
+        Target("LoRA layer bfloat16", "PEFT's default", lora, _long("bfloat16"), _speedup("PEFT LoRA"), 1.4),
+        *(Target(f"LoRA layer {d}", "dense P, of the FLOP ratio", lora, _long(d), _of_flop_ratio, 0.97) for d in both),
+        Target("LoRA layer float32, own GEMM (optional)", "frozen linear alone", lora, _long("float32"),
+               lambda rows, ours: rows[ours]["seconds"] / rows["frozen linear"]["seconds"], 0.95, False),
+        Target("null projection", "`G @ P` dense", null, _matrix, _speedup("dense P"), 4.0),
+        Target("null projection", eager, null, _matrix, _speedup("addmm_"), 1.5),
+        Target("guard in an optimiser step, whole model", f"a loop of {eager}", null, _model, _speedup("addmm_"), 1.6),
+        *(Target(f"SmolLM2 step {d}", "plain PEFT LoRA", _STEP, _dtype(d), _speedup("PEFT LoRA"), wanted)
+          for d, wanted in zip(both, (1.05, 1.08), strict=True)),
+        *(Target(f"SmolLM2 step {d}", "naive GuardSpace", _STEP, _dtype(d), _speedup("naive GuardSpace"), wanted)
+          for d, wanted in zip(both, (1.7, 1.9), strict=True)),
+        *(Target(f"saved for backward, {what} {d}", "plain PEFT LoRA", op, where(d), _saved, 1.0, False)
+          for what, op, where in (("LoRA layer", lora, _long), ("a layer of SmolLM2", _STEP, _dtype)) for d in both),
+    ]  # fmt: skip
+
+
+def guard_share(rows: list[Row]) -> Values:
+    """The projections of a whole model's optimiser step over a training step, by the step's shape."""
+    guard = [r["ours"]["seconds"] for r in by_shape(rows, "null_projection", _model).values() if "ours" in r]
+    steps = by_shape(rows, _STEP, lambda shape: True)
+    return {shape: guard[0] / r["ours"]["seconds"] for shape, r in steps.items() if guard and "ours" in r}
+
+
+def report(rows: list[Row]) -> list[list[str]]:
+    """Rows of the table *target | measured here*: geometric mean, worst shape, and the mean with a virtual residual."""
+    lines = []
+    for target in targets():
+        values, sign = target.values(rows), "≥" if target.at_least else "≤"
+        wanted = f"{sign} {target.wanted:g}×"
+        if values:
+            pick = min if target.at_least else max
+            worst = pick(values, key=lambda shape: values[shape])
+            virtual = target.values(rows, "ours, virtual")
+            measured = [f"{geometric_mean(values.values()):.2f}×", f"{values[worst]:.2f}× ({worst})"]
+            measured.append(f"{geometric_mean(virtual.values()):.2f}×" if virtual else "–")
+        else:
+            measured = ["–", "–", "–"]
+        verdict = {True: "met", False: "missed", None: "not measured"}[target.met(rows)]
+        lines.append([target.what, target.against, wanted, *measured, verdict])
+    shares = guard_share(rows)
+    worst = max(shares, key=lambda shape: shares[shape], default="")
+    lines.append(
+        ["guard in an optimiser step, whole model", "a training step", "≤ 2%"]
+        + ([f"{geometric_mean(shares.values()):.2%}", f"{shares[worst]:.2%} ({worst})", "–"] if shares else ["–"] * 3)
+        + [("met" if shares[worst] <= 0.02 else "missed") if shares else "not measured"]
+    )
+    lines.append(
+        ["q/k/v and gate/up as one group", "the separate frozen linears", "≤ 1×", "–", "–", "–", "not measured"]
+    )
+    return lines
+
+
+HEADER = ["what", "against", "target", "geometric mean", "worst shape", "virtual residual", ""]
