@@ -9,7 +9,7 @@ namespace guardspace {
 
 enum Dtype : int32_t { kFloat64 = 0, kFloat32 = 1, kFloat16 = 2, kBFloat16 = 3 };
 
-// A strided view; strides count elements. data may be null where an argument is optional.
+// A strided view; strides count elements. An optional argument that is absent has neither data nor rows.
 struct Matrix {
     void* data;
     Dtype dtype;

@@ -8,7 +8,7 @@ namespace guardspace {
 namespace GUARDSPACE_ISA {
 namespace {
 
-constexpr int64_t kRowsOfBasis = 128;  // of which the second half of every cache line is still there when it is needed
+constexpr int64_t kRowsOfBasis = 128;  // at a time, so that the L2 cache holds them
 
 template <class T>
 struct Scratch {
@@ -117,11 +117,16 @@ void apply(const Projection& item, int64_t r0, int64_t first, const T* product) 
 }
 
 template <class T>
+bool has_type(const Projection& item) {
+    return (item.basis.dtype == kFloat64) == std::is_same_v<T, double>;
+}
+
+template <class T>
 void project(const Projection* items, int64_t count, int threads) {
     constexpr int W = kWidth<Real<T>>, MR = kRows<Real<T>>;
     int64_t tasks = 0, widest = 0;
     for (int64_t i = 0; i < count; i++) {
-        if ((items[i].basis.dtype == kFloat64) != std::is_same_v<T, double>) continue;
+        if (!has_type<T>(items[i])) continue;
         tasks += ceil_div(items[i].g.rows, W);
         widest = max(widest, items[i].basis.cols);
     }
@@ -139,29 +144,25 @@ void project(const Projection* items, int64_t count, int threads) {
         T* mine = memory + size * me;
         T* common = memory + size * threads;
         Scratch<T> scratch{(shared ? common : mine) + kRowsOfBasis * W, mine};
-        int64_t number = 0;
-        for (int64_t i = 0; i < count; i++) {
-            const Projection& item = items[i];
-            if ((item.basis.dtype == kFloat64) != std::is_same_v<T, double>) continue;
-            int64_t k = item.basis.cols, d = item.g.cols;
-            if (shared) {
-                int64_t part = max<int64_t>(ceil_div(ceil_div(k, MR), threads), 1) * MR;
+        if (shared) {
+            for (int64_t i = 0; i < count; i++) {
+                const Projection& item = items[i];
+                if (!has_type<T>(item)) continue;
+                int64_t k = item.basis.cols, part = max<int64_t>(ceil_div(ceil_div(k, MR), threads), 1) * MR;
                 for (int64_t r0 = 0; r0 < item.g.rows; r0 += W) {
 #pragma omp for schedule(static, 1)
                     for (int64_t c = 0; c < k; c += part) project_onto<T>(item, r0, c, min(part, k - c), scratch);
 #pragma omp for schedule(static)
-                    for (int64_t j = 0; j < d; j += W) apply<T>(item, r0, j, scratch.product);
+                    for (int64_t j = 0; j < item.g.cols; j += W) apply<T>(item, r0, j, scratch.product);
                 }
             }
-            number += ceil_div(item.g.rows, W);
-        }
-        if (!shared) {
+        } else {
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < tasks; task++) {
                 const Projection* item = items;
                 int64_t rest = task;
                 for (;; item++) {
-                    if ((item->basis.dtype == kFloat64) != std::is_same_v<T, double>) continue;
+                    if (!has_type<T>(*item)) continue;
                     if (rest < ceil_div(item->g.rows, W)) break;
                     rest -= ceil_div(item->g.rows, W);
                 }

@@ -35,7 +35,7 @@ void linear(const LoraLinear& layer, int threads) {
     int64_t bytes = max<int64_t>(size * static_cast<int64_t>(sizeof(Element)), 1);
     int64_t token_panels = min(ceil_div(tokens, W), max<int64_t>(1, kTokenBytes / bytes));
     int64_t weight_panels = min(ceil_div(N, W), max<int64_t>(1, kWeightBytes / bytes));
-    int64_t down_panels = layer.down.data ? ceil_div(R, W) : 0;
+    int64_t down_panels = layer.down.rows > 0 ? ceil_div(R, W) : 0;
     Element* xs = static_cast<Element*>(
         workspace(sizeof(Element) * (size * (token_panels + weight_panels) + base * W * down_panels)));
     Element *ws = xs + size * token_panels, *downs = ws + size * weight_panels;

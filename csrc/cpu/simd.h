@@ -112,6 +112,11 @@ struct Convert<float> {
     }
 };
 
+// Not a sum with zero, which loses the sign of a negative zero.
+GS_INLINE F broadcast(float value) {
+    return value - F{};
+}
+
 template <class To, class From>
 GS_INLINE To convert_one(From value) {
     return static_cast<To>(value);
@@ -127,7 +132,7 @@ GS_INLINE To convert_one(f16 value) {
 }
 template <>
 GS_INLINE bf16 convert_one<bf16, float>(float value) {
-    return {static_cast<uint16_t>(bf16_bits(F{} + value)[0])};
+    return {static_cast<uint16_t>(bf16_bits(broadcast(value))[0])};
 }
 template <>
 GS_INLINE bf16 convert_one<bf16, double>(double value) {
@@ -135,7 +140,7 @@ GS_INLINE bf16 convert_one<bf16, double>(double value) {
 }
 template <>
 GS_INLINE f16 convert_one<f16, float>(float value) {
-    return {static_cast<uint16_t>(f16_bits(F{} + value)[0])};
+    return {static_cast<uint16_t>(f16_bits(broadcast(value))[0])};
 }
 template <>
 GS_INLINE f16 convert_one<f16, double>(double value) {

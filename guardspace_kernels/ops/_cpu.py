@@ -39,6 +39,13 @@ def accepts(*tensors: torch.Tensor | None) -> tuple[bool, str]:
     return True, "dense CPU tensors"
 
 
+def accepts_written(target: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[bool, str]:
+    """The same, where ``target`` is written and so must not lie over itself."""
+    if any(size > 1 and stride == 0 for size, stride in zip(target.shape, target.stride(), strict=True)):
+        return False, f"the tensor to be written, strides {target.stride()}, is expanded: its entries share memory"
+    return accepts(target, *tensors)
+
+
 def view(t: torch.Tensor) -> View:
     """A 2-D tensor as the kernels take it; the caller keeps ``t`` alive during the call."""
     rows, cols = t.shape
@@ -47,4 +54,9 @@ def view(t: torch.Tensor) -> View:
 
 def rows(t: torch.Tensor) -> torch.Tensor:
     """(..., d) as (tokens, d): a view unless the leading dimensions have no common stride."""
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def written(*tensors: torch.Tensor) -> None:
+    """Tells autograd that the kernels wrote to these: it would not notice a write through a pointer."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])

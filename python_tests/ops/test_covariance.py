@@ -11,7 +11,7 @@ from oracle import DTYPES, assert_as_exact_as_plain, error
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-from guardspace_kernels.ops import covariance_update_, symmetrize_
+from guardspace_kernels.ops import covariance_update_, squared_drift, symmetrize_
 
 OPS = torch.ops.guardspace
 D = 23
@@ -108,6 +108,35 @@ def test_strided_accumulators_are_written_in_place():
     symmetrize_(storage[::2, ::2])
     assert error(storage[::2, ::2], textbook(torch.zeros(D, D), x)) < 1e-6
     assert storage[1::2].count_nonzero() == 0 and storage[:, 1::2].count_nonzero() == 0
+
+
+def test_an_accumulator_that_overlaps_itself_is_refused():
+    C = torch.zeros(1, 1)
+    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor refers to a single memory"):
+        covariance_update_(C.expand(D, D), torch.randn(9, D))
+    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor refers to a single memory"):
+        symmetrize_(C.expand(D, D))
+    assert C.item() == 0
+
+
+def test_a_list_equals_one_call_each():
+    xs = [torch.randn(9, D), torch.randn(2, 5, 7).bfloat16(), torch.randn(3, D, dtype=torch.float64)]
+    masks = [None, torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 1, 1]]), torch.tensor([True, False, True])]
+    for more in ((), (None, 0.5), (masks,), (masks, 0.5)):
+        Cs, singly = ([torch.zeros(x.shape[-1], x.shape[-1]) for x in xs] for _ in range(2))
+        covariance_update_(Cs, xs, *more)
+        for i, (C, x) in enumerate(zip(singly, xs, strict=True)):
+            covariance_update_(C, x, more[0] and more[0][i] if more else None, *more[1:])
+        assert all(torch.equal(a, b) for a, b in zip(Cs, singly, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_squared_drift_is_the_dense_formula(dtype):
+    x, F, G = torch.randn(40, D, dtype=torch.float64), torch.randn(5, 3).to(dtype), torch.randn(3, D).to(dtype)
+    C = (x.T @ x).masked_fill(torch.ones(D, D).triu(1).bool(), math.nan)
+    truth = (F.double() @ G.double() @ x.T).square().sum()
+    drift = squared_drift(C, F, G)
+    assert drift.dtype == torch.float64 and drift.shape == () and error(drift, truth) < 1e-13
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium", "bf16 for one backend"])

@@ -170,6 +170,7 @@ def test_an_empty_list_and_empty_members(isa):
     covariance_update_([C, C], [torch.randn(5, 0), torch.randn(0, 0)])
     symmetrize_(C)
     assert squared_drift(C, torch.randn(3, 2), torch.randn(2, 0)) == 0
+    assert squared_drift(torch.randn(50, 50), torch.randn(3, 0), torch.randn(0, 50)) == 0
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

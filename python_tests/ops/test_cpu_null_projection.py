@@ -235,5 +235,8 @@ def test_overflow_underflow_and_special_numbers_are_those_of_torch(isa, half):
     border = {torch.float16: 65520.0, torch.bfloat16: 2.0**128 - 2.0**119}[half]  # rounds to infinity, as a tie
     numbers = [0.0, largest, 3.3e38, torch.inf, torch.nan, 1e-45, 1e-40, 2.0**-25, 2.0**-24, 2.0**-126, 6e-8, 3e-8, 1.0]
     values = torch.tensor([*numbers, border, border * (1 - 2.0**-23), 65504.0, 65519.99], dtype=torch.float64).float()
+    # NaN with the lowest bit alone, which rounding would lose, and with all of them, which it would carry over.
+    nans = torch.tensor([0x7F800001, 0x7F807FFF, 0x7FBFFFFF, 0x7FFFFFFF, -1, -0x7FFFFF], dtype=torch.int32)
+    values = torch.cat([values, nans.view(torch.float32)])
     random = torch.randint(-(2**31), 2**31, (2**15 - 2 * len(values),)).to(torch.int32).view(torch.float32)
     assert_converts(torch.cat([values, -values, random]), half)

@@ -20,6 +20,7 @@ LAYOUTS = {
     "one vector": lambda: torch.randn(D, dtype=torch.float64),
     "3-D": lambda: torch.randn(3, 5, D, dtype=torch.float64),
     "no row": lambda: torch.randn(0, D, dtype=torch.float64),
+    "no matrix": lambda: torch.randn(2, 0, D, dtype=torch.float64),
     "column-major": lambda: torch.randn(D, 7, dtype=torch.float64).T,
     "every second column": lambda: torch.randn(7, 2 * D, dtype=torch.float64)[:, ::2],
 }
@@ -73,6 +74,20 @@ def test_nothing_beyond_the_view_is_written():
     untouched = torch.ones(6, 2 * D).bool()
     untouched[1:4, ::2] = False
     assert (storage[untouched] == 1).all() and (storage[~untouched] != 1).any()
+
+
+def test_a_matrix_that_overlaps_itself_is_refused():
+    g = torch.ones(1, D)
+    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor refers to a single memory"):
+        null_project_(g.expand(3, D), orthonormal(D, K, torch.float32))
+    assert g.eq(1).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0), (3, 0), (0,)], ids=str)
+def test_no_column_at_all(shape):
+    g = torch.ones(shape)
+    null_project_(g, torch.ones(0, 0))
+    assert g.shape == shape
 
 
 @pytest.mark.parametrize("complement", [True, False, [True, False, True]], ids=str)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from guardspace_kernels.ops._cpu import accepts, extension, register, rows, view
+from guardspace_kernels.ops._cpu import accepts_written, extension, register, rows, view, written
 from guardspace_kernels.ops.covariance.reference import Update
 
 
@@ -23,10 +23,12 @@ def covariance_update_(updates: list[Update]) -> None:
         items.append((view(covariance), view(x), 0 if flat is None else flat.data_ptr(), scale))
         alive += [x, flat]
     extension.covariance_update(items, torch.get_num_threads())
+    written(*(covariance for covariance, *_ in updates))
 
 
 def symmetrize_(covariance: torch.Tensor) -> None:
     extension.symmetrize(view(covariance), torch.get_num_threads())
+    written(covariance)
 
 
 def squared_drift(covariance: torch.Tensor, F: torch.Tensor, G: torch.Tensor) -> torch.Tensor:
@@ -38,7 +40,7 @@ def squared_drift(covariance: torch.Tensor, F: torch.Tensor, G: torch.Tensor) ->
 
 register(
     "covariance",
-    accepts,
+    accepts_written,
     covariance_update_=covariance_update_,
     symmetrize_=symmetrize_,
     squared_drift=squared_drift,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from guardspace_kernels.ops._cpu import accepts as dense
-from guardspace_kernels.ops._cpu import extension, register, rows, view
+from guardspace_kernels.ops._cpu import accepts_written, extension, register, rows, view, written
 from guardspace_kernels.ops._library import compute_dtype
 from guardspace_kernels.ops.null_projection.reference import Projection
 
@@ -13,7 +12,7 @@ from guardspace_kernels.ops.null_projection.reference import Projection
 def accepts(g: torch.Tensor, basis: torch.Tensor) -> tuple[bool, str]:
     if basis.dtype != compute_dtype(g.dtype, basis.dtype):
         return False, f"basis is {basis.dtype}; the C++ kernels read it in place, in {compute_dtype(g.dtype)}"
-    return dense(g, basis)
+    return accepts_written(g, basis)
 
 
 def null_project_(projections: list[Projection]) -> None:
@@ -27,6 +26,7 @@ def null_project_(projections: list[Projection]) -> None:
         items.append((view(flat), view(flat), view(basis), complement))
         copies.append(flat)
     extension.null_project(items, torch.get_num_threads())
+    written(*(g for g, *_ in projections))
     for (g, _, _), flat in zip(projections, copies, strict=True):
         if flat.data_ptr() != g.data_ptr():
             g.copy_(flat.view(g.shape))
