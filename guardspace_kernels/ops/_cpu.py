@@ -41,9 +41,10 @@ def accepts(*tensors: torch.Tensor | None) -> tuple[bool, str]:
 
 def accepts_written(target: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[bool, str]:
     """The same, where ``target`` is written and so must not lie over itself."""
-    if any(size > 1 and stride == 0 for size, stride in zip(target.shape, target.stride(), strict=True)):
+    answer = accepts(target, *tensors)
+    if answer[0] and any(size > 1 and stride == 0 for size, stride in zip(target.shape, target.stride(), strict=True)):
         return False, f"the tensor to be written, strides {target.stride()}, is expanded: its entries share memory"
-    return accepts(target, *tensors)
+    return answer
 
 
 def view(t: torch.Tensor) -> View:
