@@ -5,15 +5,14 @@
 // pair of consecutive k, as the instruction vdpbf16ps wants them.
 #pragma once
 
-#include <type_traits>
 #include <utility>
 
 #include "cpu/simd.h"
 
 namespace {
 
-constexpr int kVectors =
-    3;  // a panel's width in vectors: with the rows below all registers are accumulators or operands
+// A panel's width in vectors. With the rows below, a tile's accumulators and operands fill the registers.
+constexpr int kVectors = 3;
 
 // Values of k that a tile sums up in registers before it adds to memory. It bounds the operands' footprint in the L2
 // cache (2 · 48 KB for float32) and the rounding error, which grows with the length of a plain sum.
@@ -45,7 +44,6 @@ using Bf16Compute = Real<float>;
 
 template <class Kind>
 constexpr int kWidth = kVectors * kLanes<typename Kind::Sum>;
-constexpr int kMaxWidth = kWidth<Real<float>>;
 
 // Rows of a register tile; a divisor of the width. rows · kVectors accumulators, kVectors operands and a broadcast.
 template <class Kind>

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/kernels.h"
 
@@ -119,36 +120,18 @@ GS_INLINE F broadcast(float value) {
 
 template <class To, class From>
 GS_INLINE To convert_one(From value) {
-    return static_cast<To>(value);
-}
-template <class To>
-GS_INLINE To convert_one(bf16 value) {
-    uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-    return static_cast<To>(load_as<float>(&bits));
-}
-template <class To>
-GS_INLINE To convert_one(f16 value) {
-    return static_cast<To>(float_from_f16_bits(U32{} + value.bits)[0]);
-}
-template <>
-GS_INLINE bf16 convert_one<bf16, float>(float value) {
-    return {static_cast<uint16_t>(bf16_bits(broadcast(value))[0])};
-}
-template <>
-GS_INLINE bf16 convert_one<bf16, double>(double value) {
-    return convert_one<bf16>(static_cast<float>(value));
-}
-template <>
-GS_INLINE f16 convert_one<f16, float>(float value) {
-    return {static_cast<uint16_t>(f16_bits(broadcast(value))[0])};
-}
-template <>
-GS_INLINE f16 convert_one<f16, double>(double value) {
-    return convert_one<f16>(static_cast<float>(value));
-}
-template <>
-GS_INLINE bf16 convert_one<bf16>(bf16 value) {
-    return value;
+    if constexpr (std::is_same_v<From, bf16>) {
+        uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+        return convert_one<To>(load_as<float>(&bits));
+    } else if constexpr (std::is_same_v<From, f16>) {
+        return convert_one<To>(float_from_f16_bits(U32{} + value.bits)[0]);
+    } else if constexpr (std::is_same_v<To, bf16>) {
+        return {static_cast<uint16_t>(bf16_bits(broadcast(static_cast<float>(value)))[0])};
+    } else if constexpr (std::is_same_v<To, f16>) {
+        return {static_cast<uint16_t>(f16_bits(broadcast(static_cast<float>(value)))[0])};
+    } else {
+        return static_cast<To>(value);
+    }
 }
 
 template <>

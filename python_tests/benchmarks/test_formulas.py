@@ -39,9 +39,11 @@ def test_flops_of_the_reference_are_those_of_the_formula(virtual):
     Q = torch.linalg.qr(torch.randn(D_IN, K))[0]
     frozen = (torch.randn(R, D_IN), torch.randn(D_OUT, R)) if virtual else (None, None)
 
+    layer = lora_reference.Layer(W, A, B, Q, True, 2.0, *frozen, 0.0, None)
+
     def run():
-        y, h, A_P = lora_reference.forward(x, W, A, B, Q, True, 2.0, None, *frozen, 0.0, None)
-        lora_reference.backward(y, x, h, A_P, W, A, B, Q, True, 2.0, *frozen, 0.0, None, [True] * 3)
+        y, h, A_P = lora_reference.forward(x, None, layer)
+        lora_reference.backward(y, x, h, A_P, layer, [True] * 3)
 
     assert counted(run) == lora_case().contestants["ours, virtual" if virtual else "ours"].flops
 

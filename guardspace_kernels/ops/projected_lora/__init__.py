@@ -104,7 +104,8 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _check(x, weight, lora_A, lora_B, basis, bias, frozen_A, frozen_B, dropout, seed)
     run = dispatch.resolve(_OP, "forward", x, weight, lora_A, lora_B, basis)
-    return run(x, weight, lora_A, lora_B, basis, complement, scale, bias, frozen_A, frozen_B, dropout, seed)
+    layer = reference.Layer(weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed)
+    return run(x, bias, layer)
 
 
 def _forward_fake(
@@ -131,26 +132,12 @@ def _forward_fake(
 
 
 def _backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    h: torch.Tensor,
-    A_P: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    basis: torch.Tensor | None,
-    complement: bool,
-    scale: float,
-    frozen_A: torch.Tensor | None,
-    frozen_B: torch.Tensor | None,
-    dropout: float,
-    seed: torch.Tensor | None,
-    needs: list[bool],
+    dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A_P: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    run = dispatch.resolve(_OP, "backward", x, weight, lora_A, lora_B, basis)
-    return run(
-        dy, x, h, A_P, weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed, needs
-    )
+    *arguments, needs = rest
+    layer = reference.Layer(*arguments)
+    run = dispatch.resolve(_OP, "backward", x, layer.weight, layer.lora_A, layer.lora_B, layer.basis)
+    return run(dy, x, h, A_P, layer, needs)
 
 
 def _backward_fake(

@@ -86,24 +86,13 @@ def _outer(h: torch.Tensor, x: torch.Tensor, out: torch.Tensor, scale: float) ->
 
 
 def forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    basis: torch.Tensor | None,
-    complement: bool,
-    scale: float,
-    bias: torch.Tensor | None,
-    frozen_A: torch.Tensor | None,
-    frozen_B: torch.Tensor | None,
-    dropout: float,
-    seed: torch.Tensor | None,
+    x: torch.Tensor, bias: torch.Tensor | None, layer: reference.Layer
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    tokens, r = rows(x), lora_A.shape[0]
-    if not uses_own_product(x.dtype, len(tokens), dropout):
-        return reference.forward(
-            x, weight, lora_A, lora_B, basis, complement, scale, bias, frozen_A, frozen_B, dropout, seed, fold
-        )
+    tokens = rows(x)
+    if not uses_own_product(x.dtype, len(tokens), layer.dropout):
+        return reference.forward(x, bias, layer, fold)
+    weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed = layer
+    r = lora_A.shape[0]
     A_P = fold(lora_A, basis, complement, x.dtype)
     down, up = A_P, (scale * lora_B).to(x.dtype)
     if frozen_A is not None and frozen_B is not None:
@@ -122,28 +111,12 @@ def forward(
 
 
 def backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    h: torch.Tensor,
-    A_P: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    basis: torch.Tensor | None,
-    complement: bool,
-    scale: float,
-    frozen_A: torch.Tensor | None,
-    frozen_B: torch.Tensor | None,
-    dropout: float,
-    seed: torch.Tensor | None,
-    needs: list[bool],
+    dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A_P: torch.Tensor, layer: reference.Layer, needs: list[bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad, tokens = rows(dy), rows(x)
-    if not uses_own_product(x.dtype, len(tokens), dropout):
-        return reference.backward(
-            dy, x, h, A_P, weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed, needs,
-            fold,
-        )  # fmt: skip
+    if not uses_own_product(x.dtype, len(tokens), layer.dropout):
+        return reference.backward(dy, x, h, A_P, layer, needs, fold)
+    weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed = layer
     needs_x, needs_A, needs_B = needs
     dx, dA, dB = (dy.new_empty(0) for _ in needs)
     r, dtype = lora_A.shape[0], x.dtype

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from guardspace_kernels.ops.null_projection.reference import project
+
+
+class Layer(NamedTuple):
+    """What forward and backward have in common; see the op for the meanings."""
+
+    weight: torch.Tensor
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    basis: torch.Tensor | None
+    complement: bool
+    scale: float
+    frozen_A: torch.Tensor | None
+    frozen_B: torch.Tensor | None
+    dropout: float
+    seed: torch.Tensor | None
+
 
 Fold = Callable[[torch.Tensor, torch.Tensor | None, bool, torch.dtype], torch.Tensor]
 
@@ -29,21 +46,10 @@ def dropped(x: torch.Tensor, dropout: float, seed: torch.Tensor | None) -> torch
 
 
 def forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    basis: torch.Tensor | None,
-    complement: bool,
-    scale: float,
-    bias: torch.Tensor | None,
-    frozen_A: torch.Tensor | None,
-    frozen_B: torch.Tensor | None,
-    dropout: float,
-    seed: torch.Tensor | None,
-    fold: Fold = fold,
+    x: torch.Tensor, bias: torch.Tensor | None, layer: Layer, fold: Fold = fold
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, h, A_P) with h = drop(x) A_Pᵀ of shape (..., r) and A_P in the dtype of x."""
+    weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed = layer
     A_P = fold(lora_A, basis, complement, x.dtype)
     h = F.linear(dropped(x, dropout, seed), A_P)
     y = _plus_product(F.linear(x, weight, bias), h, scale * lora_B.T)
@@ -63,20 +69,12 @@ def backward(
     x: torch.Tensor,
     h: torch.Tensor,
     A_P: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    basis: torch.Tensor | None,
-    complement: bool,
-    scale: float,
-    frozen_A: torch.Tensor | None,
-    frozen_B: torch.Tensor | None,
-    dropout: float,
-    seed: torch.Tensor | None,
+    layer: Layer,
     needs: list[bool],
     fold: Fold = fold,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dA, dB); an empty tensor for each that ``needs`` = [x, A, B] does not ask for."""
+    weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed = layer
     needs_x, needs_A, needs_B = needs
     dx, dA, dB = (dy.new_empty(0) for _ in needs)
     dh = dy @ (scale * lora_B).to(x.dtype)
