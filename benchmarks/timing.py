@@ -232,7 +232,7 @@ def environment(threads: int) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "backends": [f"{op}: {backend}" for op, backend, registered, _ in dispatch.status() if registered],
-        "isa": os.environ.get("GUARDSPACE_ISA", "automatic"),
+        "isa": None if _cpu.extension is None else _cpu.extension.isa(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 

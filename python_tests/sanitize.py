@@ -63,7 +63,9 @@ def main(arguments: list[str]) -> int:
         "PYTHONSAFEPATH": "1",  # `python -c` in a test would find the package in ROOT first
         "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), str(ROOT / "python_tests")]),
         "LD_PRELOAD": preload(),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1",
+        # Scratch memory and fresh tensors hold NaN, in every dtype, until something is written to them.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1"
+        ":malloc_fill_byte=255:max_malloc_fill_size=67108864",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
 
