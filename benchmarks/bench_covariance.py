@@ -28,7 +28,7 @@ def cases(size: str, dtypes: tuple[str, ...]) -> list[dict[str, Any]]:
     tokens, widths = {
         "tiny": ((5,), (8,)),
         "quick": ((1024,), (576, 2048)),
-        "default": ((8, 256, 1024), (576, 2048, 4096)),
+        "default": ((8, 256, 1024, 4096), (576, 2048, 4096)),
         "full": ((1, 8, 32, 256, 1024, 4096), (576, 2048, 4096)),
     }[size]
     return [{"T": T, "d": d, "dtype": dtype} for dtype in dtypes for d in widths for T in tokens]

@@ -25,7 +25,7 @@ def cases(size: str, dtypes: tuple[str, ...]) -> list[dict[str, Any]]:
     tokens, shapes, ranks = {
         "tiny": ((7,), ((12, 10),), (2,)),
         "quick": ((1024,), ((576, 576), (2048, 2048)), (16,)),
-        "default": ((8, 256, 1024), SHAPES, (16, 128)),
+        "default": ((8, 256, 1024, 4096), SHAPES, (16, 128)),
         "full": ((1, 8, 32, 256, 1024, 4096), SHAPES, (8, 16, 64, 128)),
     }[size]
     return [
@@ -34,7 +34,7 @@ def cases(size: str, dtypes: tuple[str, ...]) -> list[dict[str, Any]]:
         for d_in, d_out in shapes
         for r in ranks
         for T in tokens
-        if T >= 256 or r == 16 or size == "tiny"  # few tokens: one rank is enough
+        if r == 16 or size == "tiny" or (T >= 256 and (T <= 1024 or size == "full"))  # else one rank is enough
     ]
 
 

@@ -145,19 +145,22 @@ def test_whose_base_product_it_is_follows_the_rule(monkeypatch):
         def __init__(self, *isas):
             self.supported_isas = lambda: [*isas, "baseline"]
 
-    halves, wide = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
+    wide = (torch.float32, torch.float64)
     for cpu in (Cpu("avx512_bf16", "avx512", "avx2"), Cpu("avx2"), Cpu()):
         monkeypatch.setattr(cpu_kernels, "extension", cpu)
         native = "avx512_bf16" in cpu.supported_isas()
-        ours = {
-            (dtype, tokens): cpu_kernels.uses_own_product(dtype, tokens, 0.0)
-            for dtype in (*halves, *wide)
-            for tokens in (1, 127, 128, 4096)
-        }
-        assert all(ours[dtype, tokens] == (tokens >= 128) for dtype in wide for tokens in (1, 127, 128, 4096))
-        assert all(ours[torch.float16, tokens] for tokens in (1, 127, 128, 4096))
-        assert [ours[torch.bfloat16, tokens] for tokens in (127, 128)] == [False, not native]
-        assert all(cpu_kernels.uses_own_product(dtype, 1, 0.1) for dtype in (*halves, *wide))
+
+        def ours(dtype, tokens, d_in=576, d_out=576):
+            return cpu_kernels.uses_own_product(dtype, tokens, d_in, d_out)
+
+        for dtype in wide:
+            assert [ours(dtype, tokens) for tokens in (1, 127, 128, 4096)] == [False, False, True, True]
+            assert not ours(dtype, 4096, d_out=255) and ours(dtype, 4096, 4096, 4096)
+        assert all(ours(torch.float16, tokens, d_out=d_out) for tokens in (1, 4096) for d_out in (1, 4096))
+        assert [ours(torch.bfloat16, tokens) for tokens in (31, 32, 127, 128)] == (
+            [False, True, True, True] if native else [False, False, False, True]
+        )
+        assert ours(torch.bfloat16, 4096, 576, 1536) == (not native) == ours(torch.bfloat16, 4096, d_out=255)
 
 
 @pytest.mark.parametrize("adapter", DTYPES, ids=str)

@@ -1,9 +1,10 @@
-"""Projected LoRA by the C++ kernels: ``A P`` in one pass, and the rank-r update inside the base product,
-``[x | h] [W | s·B]ᵀ``, where that is faster than PyTorch's own."""
+"""Projected LoRA by the C++ kernels: ``A P`` in one pass, dropout without a stored mask, dA and dB that read x and dy
+once, and the rank-r update inside the base product, ``[x | h] [W | s·B]ᵀ``, where that beats PyTorch's own product."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from guardspace_kernels.ops._cpu import accepts as dense
 from guardspace_kernels.ops._cpu import extension, register, rows, view
@@ -29,83 +30,86 @@ def fold(lora_A: torch.Tensor, basis: torch.Tensor | None, complement: bool, dty
     return A_P
 
 
-# Below, packing the weight costs more than it saves (measured at d = 576 to 2048 on two cores with AVX-512).
-_FEW_TOKENS = 128
+def uses_own_product(dtype: torch.dtype, tokens: int, d_in: int, d_out: int) -> bool:
+    """Whether ``[x | h] [W | up]ᵀ`` is one product of the C++ kernels, or PyTorch's with the rank-r update after it.
 
-
-def uses_own_product(dtype: torch.dtype, tokens: int, dropout: float) -> bool:
-    """Whether the base product is the C++ kernels', with the adapter inside it, or PyTorch's with the adapter beside.
-
-    PyTorch's wins for few tokens, and in bfloat16 on CPUs with bfloat16 instructions, where oneDNN runs at 93% of their
-    peak. The kernels win in float32 and float64 (MKL reached 75% of an AMD Zen 4's peak), and in float16, and in
-    bfloat16 without such instructions, where PyTorch has no fast product. Dropout is always the kernels', so that
-    forward and backward have one mask.
+    Measured on two cores with AVX-512. MKL reaches 75% of an AMD Zen 4's peak in float32 and float64, so the kernels
+    win once there are enough tokens to pay for packing W. In bfloat16 oneDNN runs at 93% of it where the CPU has
+    instructions for that, and loses only on weights small enough for its fixed costs to show. Without such instructions
+    and in float16 PyTorch has no fast product at all. A handful of outputs is not worth packing x for.
     """
-    if dropout > 0.0:
-        return True
-    if dtype == torch.bfloat16 and "avx512_bf16" in extension.supported_isas():
+    slow = dtype == torch.float16 or (dtype == torch.bfloat16 and "avx512_bf16" not in extension.supported_isas())
+    if slow:
+        return dtype == torch.float16 or tokens >= 128
+    if d_out < 256:
         return False
-    return tokens >= _FEW_TOKENS or dtype == torch.float16
+    return tokens >= 32 and d_in * d_out <= 2**19 if dtype == torch.bfloat16 else tokens >= 128
 
 
-def dropped(x: torch.Tensor, dropout: float, seed: torch.Tensor | None) -> torch.Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype)
-    _drop(x, out, dropout, seed, accumulate=False)
-    return out
-
-
-def _drop(x: torch.Tensor, out: torch.Tensor, dropout: float, seed: torch.Tensor | None, *, accumulate: bool) -> None:
-    assert seed is not None
-    extension.dropout(view(x), view(out), dropout, int(seed), accumulate, torch.get_num_threads())
-
-
-def _product(
+def _linear(
     x: torch.Tensor,
-    weight: torch.Tensor | None,
-    up: torch.Tensor | None,
-    h: torch.Tensor | None,
-    *,
-    down: torch.Tensor | None = None,
+    weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """``x Wᵀ + bias + h upᵀ`` (T, N); with ``down``, h (T, r) is written first, as ``x downᵀ``."""
-    tokens, d = x.shape
-    weight = x.new_empty((0, d)) if weight is None else weight
-    h = x.new_empty((tokens, 0)) if h is None else h
-    up = x.new_empty((weight.shape[0], h.shape[1])) if up is None else up
-    y = torch.empty((tokens, weight.shape[0]), dtype=x.dtype)
+    *,
+    up: torch.Tensor | None = None,
+    down: torch.Tensor | None = None,
+    h: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, h) with ``y = x Wᵀ + bias + h upᵀ``; h is given, or ``x downᵀ``, or has no columns."""
+    tokens, d_in = x.shape
+    d_out = weight.shape[0]
+    if not uses_own_product(x.dtype, tokens, d_in, d_out):
+        y = F.linear(x, weight, bias)
+        if down is not None:
+            h = F.linear(x, down)
+        if up is None or h is None:
+            return y, x.new_empty((tokens, 0))
+        return y.addmm_(h, up.T), h
+    if down is not None:
+        h = x.new_empty((tokens, down.shape[0]))
+    if up is None or h is None:
+        up, h = x.new_empty((d_out, 0)), x.new_empty((tokens, 0))
+    y = x.new_empty((tokens, d_out))
     extension.lora_linear(
         view(x), view(weight), None if bias is None else view(bias[None]), None if down is None else view(down),
         view(up), view(h), view(y), torch.get_num_threads(),
     )  # fmt: skip
-    return y
+    return y, h
 
 
-def _outer(h: torch.Tensor, x: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+def _outer(h: torch.Tensor, x: torch.Tensor, out: torch.Tensor, scale: float) -> torch.Tensor:
+    """``out ← scale · hᵀ x``, summed in at least float32 and rounded once."""
     extension.outer_product(view(h), view(x), view(out), scale, torch.get_num_threads())
+    return out
+
+
+def dropped(x: torch.Tensor, dropout: float, seed: torch.Tensor | None) -> torch.Tensor:
+    return x if dropout == 0.0 else _drop(x, torch.empty(x.shape, dtype=x.dtype), dropout, seed, accumulate=False)
+
+
+def _drop(
+    x: torch.Tensor, out: torch.Tensor, dropout: float, seed: torch.Tensor | None, *, accumulate: bool
+) -> torch.Tensor:
+    assert seed is not None
+    extension.dropout(view(x), view(out), dropout, int(seed), accumulate, torch.get_num_threads())
+    return out
 
 
 def forward(
     x: torch.Tensor, bias: torch.Tensor | None, layer: reference.Layer
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    tokens = rows(x)
-    if not uses_own_product(x.dtype, len(tokens), layer.dropout):
-        return reference.forward(x, bias, layer, fold)
     weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed = layer
-    r = lora_A.shape[0]
-    A_P = fold(lora_A, basis, complement, x.dtype)
-    down, up = A_P, (scale * lora_B).to(x.dtype)
+    tokens, r, dtype = rows(x), lora_A.shape[0], x.dtype
+    A_P = fold(lora_A, basis, complement, dtype)
+    down, up = A_P, (scale * lora_B).to(dtype)
     if frozen_A is not None and frozen_B is not None:
-        down = torch.cat([down, frozen_A.to(x.dtype)])
-        up = torch.cat([up, (-scale * frozen_B).to(x.dtype)], dim=1)
-    h = torch.empty((tokens.shape[0], down.shape[0]), dtype=x.dtype)
+        down = torch.cat([down, frozen_A.to(dtype)])
+        up = torch.cat([up, (-scale * frozen_B).to(dtype)], dim=1)
     if dropout == 0.0:
-        y = _product(tokens, weight, up, h, down=down, bias=bias)
-    else:
-        _product(dropped(tokens, dropout, seed), None, None, h[:, :r], down=down[:r])
-        if down.shape[0] > r:
-            _product(tokens, None, None, h[:, r:], down=down[r:])
-        y = _product(tokens, weight, up, h, bias=bias)
+        y, h = _linear(tokens, weight, bias, up=up, down=down)
+    else:  # the frozen pair, if there is one, takes x as it is
+        h = torch.cat([_linear(dropped(tokens, dropout, seed), down[:r])[0], _linear(tokens, down[r:])[0]], dim=1)
+        y, h = _linear(tokens, weight, bias, up=up, h=h)
     shape = x.shape[:-1]
     return y.view(*shape, y.shape[1]), h[:, :r].contiguous().view(*shape, r), A_P
 
@@ -113,35 +117,28 @@ def forward(
 def backward(
     dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A_P: torch.Tensor, layer: reference.Layer, needs: list[bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad, tokens = rows(dy), rows(x)
-    if not uses_own_product(x.dtype, len(tokens), layer.dropout):
-        return reference.backward(dy, x, h, A_P, layer, needs, fold)
     weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed = layer
+    grad, tokens, r, dtype = rows(dy), rows(x), lora_A.shape[0], x.dtype
     needs_x, needs_A, needs_B = needs
     dx, dA, dB = (dy.new_empty(0) for _ in needs)
-    r, dtype = lora_A.shape[0], x.dtype
     down, up = (scale * lora_B).to(dtype).T, A_P.T
-    r0, frozen_down, frozen_up = 0, None, None
+    frozen_down, frozen_up = None, None
     if frozen_A is not None and frozen_B is not None:
-        r0, frozen_down, frozen_up = frozen_A.shape[0], (-scale * frozen_B).to(dtype).T, frozen_A.to(dtype).T
-    dh = torch.empty((len(grad), r + r0), dtype=dtype)
+        frozen_down, frozen_up = (-scale * frozen_B).to(dtype).T, frozen_A.to(dtype).T
     if needs_x and dropout == 0.0:
         if frozen_down is not None and frozen_up is not None:
             down, up = torch.cat([down, frozen_down]), torch.cat([up, frozen_up], dim=1)
-        dx = _product(grad, weight.T, up, dh, down=down)
+        dx, dh = _linear(grad, weight.T, up=up, down=down)
+        dh = dh[:, :r]
     else:
-        _product(grad, None, None, dh[:, :r], down=down)
-    dh = dh[:, :r]
+        dh, _ = _linear(grad, down)
     if needs_x and dropout > 0.0:
-        virtual = None if frozen_down is None else torch.empty((len(grad), r0), dtype=dtype)
-        dx = _product(grad, weight.T, frozen_up, virtual, down=frozen_down)
+        dx, _ = _linear(grad, weight.T, up=frozen_up, down=frozen_down)
         # Dropout's derivative is the same mask and factor, applied to the adapter's share of the gradient.
-        share = _product(dh, up, None, None)
-        _drop(share, dx, dropout, seed, accumulate=True)
+        _drop(_linear(dh, up)[0], dx, dropout, seed, accumulate=True)
     if needs_A:
         wide = torch.empty(lora_A.shape, dtype=compute_dtype(lora_A.dtype, dtype))
-        _outer(dh, dropped(tokens, dropout, seed) if dropout else tokens, wide, 1.0)
-        dA = fold(wide, basis, complement, lora_A.dtype)
+        dA = fold(_outer(dh, dropped(tokens, dropout, seed), wide, 1.0), basis, complement, lora_A.dtype)
     if needs_B:
         dB = torch.empty(lora_B.shape, dtype=lora_B.dtype)
         _outer(rows(h), grad, dB.T, scale)

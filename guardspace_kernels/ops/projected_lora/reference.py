@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,9 +25,6 @@ class Layer(NamedTuple):
     seed: torch.Tensor | None
 
 
-Fold = Callable[[torch.Tensor, torch.Tensor | None, bool, torch.dtype], torch.Tensor]
-
-
 def fold(lora_A: torch.Tensor, basis: torch.Tensor | None, complement: bool, dtype: torch.dtype) -> torch.Tensor:
     """``A_P = A P`` (r, d_in), formed in at least float32; a contiguous tensor of its own even without a basis."""
     if basis is None:
@@ -46,7 +42,7 @@ def dropped(x: torch.Tensor, dropout: float, seed: torch.Tensor | None) -> torch
 
 
 def forward(
-    x: torch.Tensor, bias: torch.Tensor | None, layer: Layer, fold: Fold = fold
+    x: torch.Tensor, bias: torch.Tensor | None, layer: Layer
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, h, A_P) with h = drop(x) A_Pᵀ of shape (..., r) and A_P in the dtype of x."""
     weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed = layer
@@ -65,13 +61,7 @@ def _plus_product(y: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> t
 
 
 def backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    h: torch.Tensor,
-    A_P: torch.Tensor,
-    layer: Layer,
-    needs: list[bool],
-    fold: Fold = fold,
+    dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A_P: torch.Tensor, layer: Layer, needs: list[bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dA, dB); an empty tensor for each that ``needs`` = [x, A, B] does not ask for."""
     weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed = layer
