@@ -9,16 +9,20 @@ from typing import Any
 
 import torch
 
-from . import bench_covariance, bench_null_projection, bench_projected_lora, bench_training_step
+from . import bench_covariance, bench_fused_lora, bench_null_projection, bench_projected_lora, bench_training_step
 from . import targets as goals
 from .timing import Row, environment, label, measure, peaks, read_json, write_json
 
-MODULES = {m.OP: m for m in (bench_covariance, bench_projected_lora, bench_null_projection, bench_training_step)}
+MODULES = {
+    m.OP: m
+    for m in (bench_covariance, bench_projected_lora, bench_fused_lora, bench_null_projection, bench_training_step)
+}
 DTYPES = ("bfloat16", "float32")
 #: Speed-ups are told over these two: the plain PyTorch form that a competent person writes, and the naive one.
 YARDSTICKS = {
     "covariance": ("addmm_ float32", "paper's hook"),
     "projected_lora": ("folded eager", "dense P per token"),
+    "fused_lora": ("ours, apart", "frozen linears"),
     "null_projection": ("addmm_", "dense P"),
     "training_step": ("PEFT LoRA", "naive GuardSpace"),
 }

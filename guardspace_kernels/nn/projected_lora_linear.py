@@ -1,8 +1,9 @@
-"""A linear layer with a projected LoRA adapter, for trainers without PEFT."""
+"""Linear layers with a projected LoRA adapter, for trainers without PEFT."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from guardspace_kernels.nn.null_space_projector import NullSpaceProjector
 from guardspace_kernels.ops import projected_lora
 from guardspace_kernels.ops._library import full_float32_products
+from guardspace_kernels.ops.projected_lora.reference import spread
 
 
 def delta_factors(
@@ -46,6 +48,7 @@ class ProjectedLoraLinear(nn.Module):
 
     frozen_A: torch.Tensor | None
     frozen_B: torch.Tensor | None
+    output_sizes: list[int] | None = None
 
     def __init__(
         self,
@@ -142,6 +145,7 @@ class ProjectedLoraLinear(nn.Module):
             self.frozen_A,
             self.frozen_B,
             self.dropout if self.training else 0.0,
+            output_sizes=self.output_sizes,
         )
 
     def delta_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,3 +173,95 @@ class ProjectedLoraLinear(nn.Module):
             f"protected={self.projector.protected}, scale={self.scale:g}"
         )
         return text + (f", dropout={self.dropout:g}" if self.dropout else "")
+
+
+class FusedProjectedLoraLinear(ProjectedLoraLinear):
+    """Linear layers that read one input, such as q, k and v or gate and up, as one product over their stacked weights.
+
+    Each has an adapter of its own; all share the basis, as layers with one input do. ``forward`` returns a tuple, one
+    output per layer, in order. Build it with :meth:`from_linears`; :meth:`unfuse` gives ordinary layers back.
+
+    Parameters and buffers are those of :class:`ProjectedLoraLinear` stacked by rows: ``weight`` (Σ d_out, d_in),
+    ``lora_A`` (layers · r, d_in), ``lora_B`` (Σ d_out, r).
+    """
+
+    output_sizes: list[int]
+
+    @classmethod
+    def from_linears(
+        cls,
+        linears: Sequence[nn.Linear],
+        rank: int,
+        basis: torch.Tensor,
+        *,
+        complement: bool = True,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        init: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> FusedProjectedLoraLinear:
+        """Copies the weights of ``linears`` into one.
+
+        Args:
+            linears: layers of one d_in, dtype and device; a missing bias beside present ones counts as zero.
+            init: one (A₀, B₀) per layer, or None. The rest as in :meth:`ProjectedLoraLinear.from_linear`.
+
+        Raises:
+            TypeError, ValueError: an argument of another type or shape.
+        """
+        linears = list(linears)
+        if not linears:
+            raise ValueError("linears must hold at least one layer, got none")
+        if init is not None and len(init) != len(linears):
+            raise ValueError(f"init must have one (A0, B0) per layer, {len(linears)}, got {len(init)}")
+        starts = [None] * len(linears) if init is None else list(init)
+        parts = [
+            ProjectedLoraLinear.from_linear(
+                linear, rank, basis, complement=complement, alpha=alpha, dropout=dropout, init=start, dtype=dtype
+            )
+            for linear, start in zip(linears, starts, strict=True)
+        ]
+        kinds = {(part.weight.shape[1], part.weight.dtype, part.weight.device) for part in parts}
+        if len(kinds) != 1:
+            raise ValueError(f"linears must be layers of one d_in, dtype and device, got {sorted(map(str, kinds))}")
+        bias = None
+        if any(part.bias is not None for part in parts):
+            bias = torch.cat(
+                [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
+            )
+        fused = cls(
+            torch.cat([part.weight for part in parts]),
+            bias,
+            torch.cat([part.lora_A for part in parts]),
+            torch.cat([part.lora_B for part in parts]),
+            parts[0].projector.basis,
+            complement=complement,
+            scale=parts[0].scale,
+            dropout=dropout,
+            virtual_residual=init is not None,
+        )
+        fused.output_sizes = [len(part.weight) for part in parts]
+        return fused
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        return super().forward(x).split(self.output_sizes, dim=-1)
+
+    def delta_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(F, G) with ``ΔW = F G`` of the stacked layers; F is block diagonal."""
+        F, G = super().delta_factors()
+        return torch.cat([spread(B, self.output_sizes) for B in F.split(self.lora_B.shape[1], dim=1)], dim=1), G
+
+    def unfuse(self) -> list[nn.Linear]:
+        """Ordinary linear layers with weights ``W + ΔW``, as :meth:`merge` rounds them."""
+        merged, layers = self.merge(), []
+        biases = [None] * len(self.output_sizes) if merged.bias is None else merged.bias.split(self.output_sizes)
+        for weight, bias in zip(merged.weight.split(self.output_sizes), biases, strict=True):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+            layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+            if bias is not None:
+                layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
+            layers.append(layer)
+        return layers
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, output_sizes={self.output_sizes}"

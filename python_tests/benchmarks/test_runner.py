@@ -198,7 +198,7 @@ def test_the_full_set_is_the_grid_of_the_targets(module):
 def test_training_step_end_to_end(monkeypatch):
     """A two-layer model: the checks, the facts and the guard's share, with the processes for memory left out."""
     monkeypatch.setattr(bench_training_step, "peak_memory", lambda *_: 1.0)
-    case = bench_training_step.build.__wrapped__(**bench_training_step.cases("tiny", ("bfloat16",))[0])
+    case = bench_training_step.build(**bench_training_step.cases("tiny", ("bfloat16",))[0])
     rows = rows_of(case)
     assert all(r["refused"] is None for r in rows.values()), rows
     assert all(rows[name]["leak"] < 1e-5 for name in rows if name.startswith("ours"))

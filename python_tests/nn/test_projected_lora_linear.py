@@ -10,7 +10,7 @@ from backends import automatic
 from oracle import dense_projector, error, orthonormal
 from torch import nn
 
-from guardspace_kernels.nn import ProjectedLoraLinear
+from guardspace_kernels.nn import FusedProjectedLoraLinear, ProjectedLoraLinear
 
 D_IN, D_OUT, R, K = 19, 13, 3, 6
 
@@ -246,3 +246,47 @@ def test_bad_arguments_are_refused_by_name(change, exception, message):
     call = {"linear": linear(torch.float32), "rank": R, "basis": orthonormal(D_IN, K, torch.float32)}
     with pytest.raises(exception, match=message):
         ProjectedLoraLinear.from_linear(**{**call, **change})
+
+
+@pytest.mark.parametrize("biases", [(True, True, True), (False, True, False), (False, False, False)], ids=str)
+@pytest.mark.parametrize("init", [True, False], ids=["given", "default init"])
+def test_fused_layers_equal_the_layers_apart(init, biases):
+    sizes = [13, 4, 9]
+    linears = [nn.Linear(D_IN, n, bias, dtype=torch.float64) for n, bias in zip(sizes, biases, strict=True)]
+    pairs = [(torch.randn(R, D_IN), torch.randn(n, R)) for n in sizes] if init else None
+    basis, options = orthonormal(D_IN, K), {"alpha": 5.0, "dtype": torch.float64}
+    fused = trained(FusedProjectedLoraLinear.from_linears(linears, R, basis, init=pairs, **options))
+    apart = []
+    for i, (linear, A, B) in enumerate(
+        zip(linears, fused.lora_A.split(R), fused.lora_B.split(sizes), strict=True)
+    ):  # fmt: skip
+        apart.append(
+            ProjectedLoraLinear.from_linear(linear, R, basis, init=pairs[i] if init else None, **options)
+        )  # fmt: skip
+        apart[i].lora_A.data, apart[i].lora_B.data = A.detach().clone(), B.detach().clone()
+    x = torch.randn(2, 5, D_IN, dtype=torch.float64)
+    outputs = fused(x)
+    assert isinstance(outputs, tuple) and [y.shape[-1] for y in outputs] == sizes
+    for y, layer, ordinary in zip(outputs, apart, fused.unfuse(), strict=True):
+        assert error(y.detach(), layer(x).detach()) < 1e-13
+        assert type(ordinary) is nn.Linear and (ordinary.bias is not None) == any(biases)
+        assert error(ordinary(x).detach(), y.detach()) < 1e-13
+    sum(y.square().sum() for y in outputs).backward()
+    sum(layer(x).square().sum() for layer in apart).backward()
+    assert error(fused.lora_A.grad, torch.cat([layer.lora_A.grad for layer in apart])) < 1e-13
+    assert error(fused.lora_B.grad, torch.cat([layer.lora_B.grad for layer in apart])) < 1e-13
+    again = copy.deepcopy(fused)
+    again.load_state_dict(fused.state_dict())
+    assert "output_sizes=[13, 4, 9]" in repr(again)
+
+
+def test_layers_that_cannot_be_fused_are_refused():
+    basis = orthonormal(D_IN, K, torch.float32)
+    with pytest.raises(ValueError, match="linears must be layers of one d_in, dtype and device"):
+        FusedProjectedLoraLinear.from_linears(
+            [nn.Linear(D_IN, 8), nn.Linear(D_IN, 8, dtype=torch.bfloat16)], R, basis
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"init must have one \(A0, B0\) per layer, 2, got 1"):
+        FusedProjectedLoraLinear.from_linears([nn.Linear(D_IN, 8)] * 2, R, basis, init=[start(torch.float32)])
+    with pytest.raises(ValueError, match="linears must hold at least one layer"):
+        FusedProjectedLoraLinear.from_linears([], R, basis)

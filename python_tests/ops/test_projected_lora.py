@@ -351,11 +351,73 @@ def test_no_output_shares_memory_with_an_input_or_another_output(case, rank_is_w
     before = [t.clone() for t in inputs]
     tail = [call[name] for name in ("frozen_A", "frozen_B")]
     head = [call[name] for name in ("weight", "lora_A", "lora_B", "basis", "complement", "scale")]
-    y, h, A_P = OPS.projected_lora_forward(x, *head, call["bias"], *tail, 0.0, None)
-    grads = OPS.projected_lora_backward(torch.ones_like(y), x, h, A_P, *head, *tail, 0.0, None, [True] * 3)
+    y, h, A_P = OPS.projected_lora_forward(x, *head, call["bias"], *tail, 0.0, None, None)
+    grads = OPS.projected_lora_backward(torch.ones_like(y), x, h, A_P, *head, *tail, 0.0, None, None, [True] * 3)
     pointers = [t.untyped_storage().data_ptr() for t in (y, h, A_P, *grads, *inputs)]
     assert len(set(pointers)) == len(pointers)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+SIZES = [9, 1, 19]  # of D_OUT outputs
+
+
+def fused_arguments(dtype=torch.float64, **case):
+    """Keyword arguments of one call for the layers of SIZES, and of a call for each."""
+    call = {**arguments(dtype, **case), "output_sizes": SIZES}
+    for A in ("lora_A", "frozen_A"):
+        if call[A] is not None:
+            call[A] = torch.cat([call[A] + i for i in range(len(SIZES))])
+    alone = []
+    for i, (weight, lora_B) in enumerate(zip(call["weight"].split(SIZES), call["lora_B"].split(SIZES), strict=True)):
+        alone.append({**call, "weight": weight, "lora_B": lora_B, "output_sizes": None})
+        alone[i]["lora_A"] = call["lora_A"][i * R : (i + 1) * R]
+        if call["bias"] is not None:
+            alone[i]["bias"] = call["bias"].split(SIZES)[i]
+        if call["frozen_A"] is not None:
+            alone[i]["frozen_A"] = call["frozen_A"][i * R0 : (i + 1) * R0]
+            alone[i]["frozen_B"] = call["frozen_B"].split(SIZES)[i]
+    return call, alone
+
+
+def run_each(x, dy, calls, **more):
+    """y, dx, dA, dB of a call per layer, stacked as one call stacks them."""
+    results = [run(x, call, **more) for call in calls]
+    for (y, *_), part in zip(results, dy.split(SIZES, dim=-1), strict=True):
+        y.backward(part)
+    ys, xs, As, Bs = zip(*results, strict=True)
+    dx = torch.stack([x.grad for x in xs]).sum(0)
+    return torch.cat(ys, -1).detach(), dx, torch.cat([A.grad for A in As]), torch.cat([B.grad for B in Bs])
+
+
+@pytest.mark.parametrize("dtype, dropout", [*((dtype, 0.0) for dtype in DTYPES), (torch.float64, 0.4)], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_layers_of_one_input_as_one_call_equal_a_call_each(dtype, dropout, case):
+    more = {"dropout": dropout, "seed": 3}
+    x, (call, calls) = LAYOUTS["3-D"]().to(dtype), fused_arguments(dtype, **CASES[case])
+    y, *leaves = run(x, call, **more)
+    dy = torch.randn(y.shape).to(dtype)
+    y.backward(dy)
+    plain = run_each(x, dy, calls, **more)
+    exact = [{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in one.items()} for one in calls]
+    truth = run_each(x.double(), dy.double(), exact, **more)
+    for ours, theirs, true in zip((y.detach(), *(t.grad for t in leaves)), plain, truth, strict=True):
+        assert_as_exact_as_plain(ours, theirs, true)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"output_sizes": [9, 19]}, r"output_sizes must be positive and add up to d_out = 29, got \[9, 19\]"),
+        ({"output_sizes": [30, -1]}, r"output_sizes must be positive"),
+        ({"output_sizes": []}, r"output_sizes must be positive"),
+        ({"lora_A": torch.zeros(4, D_IN)}, r"lora_A must be \(3 · r, d_in\)"),
+        ({"lora_B": torch.zeros(D_OUT, 9)}, r"lora_B must be \(d_out, r\) = \(29, 3\)"),
+    ],
+)
+def test_output_sizes_that_do_not_fit_are_refused(change, message):
+    call, _ = fused_arguments(torch.float32)
+    with pytest.raises(ValueError, match=message):
+        projected_lora(torch.randn(2, D_IN), **{**call, **change})
 
 
 SAMPLES = {
@@ -370,18 +432,20 @@ SAMPLES = {
     "column-major": {"case": CASES["range basis"], "layout": "column-major"},
     "transposed matrices": {"case": CASES["bias and frozen pair"], "transposed": True},
     "transposed matrices, no basis": {"case": CASES["no basis"], "transposed": True},
+    "layers of one input": {"case": CASES["bias and frozen pair"], "fused": True},
 }
 
 
-def sample(case, grad=True, dropout=0.0, layout="ragged", transposed=False):
+def sample(case, grad=True, dropout=0.0, layout="ragged", transposed=False, fused=False):
     """Positional arguments of one call."""
-    call = arguments(**case)
+    call = fused_arguments(**case)[0] if fused else arguments(**case)
+    sizes = [call.pop("output_sizes")] if fused else []
     x = LAYOUTS[layout]().to(call["weight"].dtype)
     if transposed:
         call = {k: v.T.contiguous().T if isinstance(v, torch.Tensor) and v.dim() == 2 else v for k, v in call.items()}
     for t in (x, call["lora_A"], call["lora_B"]):
         t.requires_grad_(grad)
-    return (x, *call.values(), dropout, torch.tensor(7) if dropout else None)
+    return (x, *call.values(), dropout, torch.tensor(7) if dropout else None, *sizes)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -394,16 +458,16 @@ def test_the_public_op_passes_opcheck(name):
     "name", ["bias and frozen pair", "dropout", "half", "no token", "transposed matrices, no basis"]
 )
 def test_the_forward_op_passes_opcheck(name):
-    opcheck(OPS.projected_lora_forward.default, sample(**SAMPLES[name]), rtol=2e-2, atol=2e-2)
+    opcheck(OPS.projected_lora_forward.default, (*sample(**SAMPLES[name]), None), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_the_backward_op_passes_opcheck(needs):
     x, *head, bias, frozen_A, frozen_B, dropout, seed = sample(CASES["bias and frozen pair"], grad=False, dropout=0.3)
-    y, h, A_P = OPS.projected_lora_forward(x, *head, bias, frozen_A, frozen_B, dropout, seed)
+    y, h, A_P = OPS.projected_lora_forward(x, *head, bias, frozen_A, frozen_B, dropout, seed, None)
     opcheck(
         OPS.projected_lora_backward.default,
-        (torch.randn_like(y), x, h, A_P, *head, frozen_A, frozen_B, dropout, seed, list(needs)),
+        (torch.randn_like(y), x, h, A_P, *head, frozen_A, frozen_B, dropout, seed, None, list(needs)),
     )
 
 

@@ -12,6 +12,7 @@ Backward keeps x, h (..., r) and the (r, d_in) matrix A_P; W, b, the basis and t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ def _check(
     frozen_B: torch.Tensor | None,
     dropout: float,
     seed: torch.Tensor | None,
+    output_sizes: Sequence[int] | None,
 ) -> None:
     require_float(_OP, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B)
     if weight.dim() != 2:
@@ -60,14 +62,19 @@ def _check(
         )
     if bias is not None and bias.shape != (d_out,):
         raise ValueError(f"{_OP}: bias must be (d_out,) = ({d_out},), got shape {shape(bias)}")
-    _check_pair("lora", lora_A, lora_B, d_in, d_out)
+    parts = 1 if output_sizes is None else len(output_sizes)
+    if output_sizes is not None and (parts < 1 or min(output_sizes) < 1 or sum(output_sizes) != d_out):
+        raise ValueError(
+            f"{_OP}: output_sizes must be positive and add up to d_out = {d_out}, got {list(output_sizes)}"
+        )
+    _check_pair("lora", lora_A, lora_B, d_in, d_out, parts)
     if basis is not None:
         require_basis(_OP, basis, d_in, "x")
     if (frozen_A is None) != (frozen_B is None):
         raise ValueError(f"{_OP}: frozen_A and frozen_B must be given together, or neither")
     if frozen_A is not None and frozen_B is not None:
         require_float(_OP, frozen_A=frozen_A, frozen_B=frozen_B)
-        _check_pair("frozen", frozen_A, frozen_B, d_in, d_out)
+        _check_pair("frozen", frozen_A, frozen_B, d_in, d_out, parts)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"{_OP}: dropout must be in [0, 1), got {dropout}")
     if dropout > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.dim() != 0):
@@ -79,12 +86,16 @@ def _check(
     )  # fmt: skip
 
 
-def _check_pair(kind: str, A: torch.Tensor, B: torch.Tensor, d_in: int, d_out: int) -> None:
-    if A.dim() != 2 or A.shape[1] != d_in or A.shape[0] < 1:
-        raise ValueError(f"{_OP}: {kind}_A must be (r, d_in) with r >= 1 and d_in = {d_in}, got shape {shape(A)}")
-    if B.dim() != 2 or B.shape != (d_out, A.shape[0]):
+def _check_pair(kind: str, A: torch.Tensor, B: torch.Tensor, d_in: int, d_out: int, parts: int) -> None:
+    if A.dim() != 2 or A.shape[1] != d_in or A.shape[0] < 1 or A.shape[0] % parts:
+        times = "" if parts == 1 else f"{parts} · "
         raise ValueError(
-            f"{_OP}: {kind}_B must be (d_out, r) = ({d_out}, {A.shape[0]}) ({kind}_A is {shape(A)}), got {shape(B)}"
+            f"{_OP}: {kind}_A must be ({times}r, d_in) with r >= 1 and d_in = {d_in}, got shape {shape(A)}"
+        )
+    r = A.shape[0] // parts
+    if B.dim() != 2 or B.shape != (d_out, r):
+        raise ValueError(
+            f"{_OP}: {kind}_B must be (d_out, r) = ({d_out}, {r}) ({kind}_A is {shape(A)}), got {shape(B)}"
         )
 
 
@@ -101,10 +112,13 @@ def _forward(
     frozen_B: torch.Tensor | None,
     dropout: float,
     seed: torch.Tensor | None,
+    output_sizes: Sequence[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check(x, weight, lora_A, lora_B, basis, bias, frozen_A, frozen_B, dropout, seed)
+    _check(x, weight, lora_A, lora_B, basis, bias, frozen_A, frozen_B, dropout, seed, output_sizes)
     run = dispatch.resolve(_OP, "forward", x, weight, lora_A, lora_B, basis)
-    layer = reference.Layer(weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed)
+    layer = reference.Layer(
+        weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed, output_sizes
+    )
     return run(x, bias, layer)
 
 
@@ -121,8 +135,9 @@ def _forward_fake(
     frozen_B: torch.Tensor | None,
     dropout: float,
     seed: torch.Tensor | None,
+    output_sizes: Sequence[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check(x, weight, lora_A, lora_B, basis, bias, frozen_A, frozen_B, dropout, seed)
+    _check(x, weight, lora_A, lora_B, basis, bias, frozen_A, frozen_B, dropout, seed, output_sizes)
     tokens = x.shape[:-1]
     return (
         x.new_empty((*tokens, weight.shape[0])),
@@ -152,7 +167,7 @@ def _backward_fake(
     )
 
 
-_TAIL = "Tensor? frozen_A, Tensor? frozen_B, float dropout, Tensor? seed"
+_TAIL = "Tensor? frozen_A, Tensor? frozen_B, float dropout, Tensor? seed, int[]? output_sizes"
 define(
     "projected_lora_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? basis, bool complement, "
     f"float scale, Tensor? bias, {_TAIL}) -> (Tensor y, Tensor h, Tensor A_P)",
@@ -176,23 +191,23 @@ class _ProjectedLora(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             y, h, A_P = _forward_op(*arguments)
-        x, weight, lora_A, lora_B, basis, complement, scale, _bias, frozen_A, frozen_B, dropout, seed = arguments
+        x, weight, lora_A, lora_B, basis, complement, scale, _bias, frozen_A, frozen_B, dropout, seed, sizes = arguments
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(h, A_P)
         ctx.save_for_backward(x, h, A_P, weight, lora_A, lora_B, basis, frozen_A, frozen_B, seed)
-        ctx.complement, ctx.scale, ctx.dropout = complement, scale, dropout
+        ctx.complement, ctx.scale, ctx.dropout, ctx.output_sizes = complement, scale, dropout, sizes
         return y, h, A_P
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        nothing = (None,) * 12
+        nothing = (None,) * 13
         if dy is None:
             return nothing
         x, h, A_P, weight, lora_A, lora_B, basis, frozen_A, frozen_B, seed = ctx.saved_tensors
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
         dx, dA, dB = _autograd_of_backward(
             dy, x, h, A_P, weight, lora_A, lora_B, basis, ctx.complement, ctx.scale, frozen_A, frozen_B,
-            ctx.dropout, seed, needs,
+            ctx.dropout, seed, ctx.output_sizes, needs,
         )  # fmt: skip
         return (dx if needs[0] else None, None, dA if needs[1] else None, dB if needs[2] else None, *nothing[4:])
 
@@ -240,9 +255,10 @@ def _composite(
     frozen_B: torch.Tensor | None = None,
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
+    output_sizes: Sequence[int] | None = None,
 ) -> torch.Tensor:
     y, _h, _A_P = _forward_op(
-        x, weight, lora_A, lora_B, basis, complement, scale, bias, frozen_A, frozen_B, dropout, seed
+        x, weight, lora_A, lora_B, basis, complement, scale, bias, frozen_A, frozen_B, dropout, seed, output_sizes
     )
     return y
 
@@ -250,7 +266,7 @@ def _composite(
 LIBRARY.define(
     "projected_lora(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? basis=None, bool complement=True, "
     "float scale=1.0, Tensor? bias=None, Tensor? frozen_A=None, Tensor? frozen_B=None, float dropout=0.0, "
-    "Tensor? seed=None) -> Tensor",
+    "Tensor? seed=None, int[]? output_sizes=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.impl("projected_lora", _composite, "CompositeImplicitAutograd")
@@ -291,6 +307,7 @@ def projected_lora(
     frozen_B: torch.Tensor | None = None,
     dropout: float = 0.0,
     seed: int | torch.Tensor | None = None,
+    output_sizes: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """A frozen linear layer plus a LoRA adapter that cannot act outside the null space.
 
@@ -314,6 +331,9 @@ def projected_lora(
         dropout: probability in [0, 1) of zeroing an entry of the adapter's input.
         seed: int or 0-dimensional int64 tensor that determines the dropout mask; drawn from torch's default CPU
             generator if absent. A tensor keeps ``torch.compile`` from specialising on its value.
+        output_sizes: for layers that read one input (q, k and v, say) as one: the d_out of each. Their weights, biases,
+            lora_A and lora_B are then stacked by rows, (Σ d_out, d_in), (parts · r, d_in) and (Σ d_out, r), and so is
+            y by columns; each part has the rank r and an adapter of its own.
 
     Returns:
         y (..., d_out) in the dtype of x.
@@ -331,4 +351,6 @@ def projected_lora(
     # The composite op only serves autocast and torch.ops: without them its call is skipped.
     compiled = torch.compiler.is_compiling()
     run = _op if compiled or torch.is_autocast_enabled(x.device.type) else _composite
-    return run(x, weight, lora_A, lora_B, basis, complement, scale, bias, frozen_A, frozen_B, dropout, seed)
+    return run(
+        x, weight, lora_A, lora_B, basis, complement, scale, bias, frozen_A, frozen_B, dropout, seed, output_sizes
+    )

@@ -98,13 +98,13 @@ def _drop(
 def forward(
     x: torch.Tensor, bias: torch.Tensor | None, layer: reference.Layer
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed = layer
+    weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed, sizes = layer
     tokens, r, dtype = rows(x), lora_A.shape[0], x.dtype
     A_P = fold(lora_A, basis, complement, dtype)
-    down, up = A_P, (scale * lora_B).to(dtype)
+    down, up = A_P, reference.spread((scale * lora_B).to(dtype), sizes)
     if frozen_A is not None and frozen_B is not None:
         down = torch.cat([down, frozen_A.to(dtype)])
-        up = torch.cat([up, (-scale * frozen_B).to(dtype)], dim=1)
+        up = torch.cat([up, reference.spread((-scale * frozen_B).to(dtype), sizes)], dim=1)
     if dropout == 0.0:
         y, h = _linear(tokens, weight, bias, up=up, down=down)
     else:  # the frozen pair, if there is one, takes x as it is
@@ -117,14 +117,15 @@ def forward(
 def backward(
     dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A_P: torch.Tensor, layer: reference.Layer, needs: list[bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed = layer
+    weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed, sizes = layer
     grad, tokens, r, dtype = rows(dy), rows(x), lora_A.shape[0], x.dtype
     needs_x, needs_A, needs_B = needs
     dx, dA, dB = (dy.new_empty(0) for _ in needs)
-    down, up = (scale * lora_B).to(dtype).T, A_P.T
+    down, up = reference.spread((scale * lora_B).to(dtype), sizes).T, A_P.T
     frozen_down, frozen_up = None, None
     if frozen_A is not None and frozen_B is not None:
-        frozen_down, frozen_up = (-scale * frozen_B).to(dtype).T, frozen_A.to(dtype).T
+        frozen_down = reference.spread((-scale * frozen_B).to(dtype), sizes).T
+        frozen_up = frozen_A.to(dtype).T
     if needs_x and dropout == 0.0:
         if frozen_down is not None and frozen_up is not None:
             down, up = torch.cat([down, frozen_down]), torch.cat([up, frozen_up], dim=1)
@@ -141,7 +142,11 @@ def backward(
         dA = fold(_outer(dh, dropped(tokens, dropout, seed), wide, 1.0), basis, complement, lora_A.dtype)
     if needs_B:
         dB = torch.empty(lora_B.shape, dtype=lora_B.dtype)
-        _outer(rows(h), grad, dB.T, scale)
+        rank, start = lora_B.shape[1], 0
+        for i, size in enumerate(sizes or [len(lora_B)]):
+            end = start + size
+            _outer(rows(h)[:, i * rank : (i + 1) * rank], grad[:, start:end], dB[start:end].T, scale)
+            start = end
     return dx.view(x.shape) if needs_x else dx, dA, dB
 
 

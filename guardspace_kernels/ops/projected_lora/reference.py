@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,21 @@ class Layer(NamedTuple):
     frozen_B: torch.Tensor | None
     dropout: float
     seed: torch.Tensor | None
+    output_sizes: Sequence[int] | None = None
+
+
+def spread(lora_B: torch.Tensor, output_sizes: Sequence[int] | None) -> torch.Tensor:
+    """(d_out, r) with the B of every part below the other, as the block diagonal (d_out, parts · r)."""
+    return lora_B if output_sizes is None else torch.block_diag(*lora_B.split(list(output_sizes)))
+
+
+def gather(dB: torch.Tensor, output_sizes: Sequence[int] | None) -> torch.Tensor:
+    """The diagonal blocks of (d_out, parts · r), one below the other: (d_out, r)."""
+    if output_sizes is None:
+        return dB
+    rank = dB.shape[1] // len(output_sizes)
+    rows = dB.split(list(output_sizes))
+    return torch.cat([block[:, i * rank : (i + 1) * rank] for i, block in enumerate(rows)])
 
 
 def fold(lora_A: torch.Tensor, basis: torch.Tensor | None, complement: bool, dtype: torch.dtype) -> torch.Tensor:
@@ -45,12 +61,12 @@ def forward(
     x: torch.Tensor, bias: torch.Tensor | None, layer: Layer
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, h, A_P) with h = drop(x) A_Pᵀ of shape (..., r) and A_P in the dtype of x."""
-    weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed = layer
+    weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed, sizes = layer
     A_P = fold(lora_A, basis, complement, x.dtype)
     h = F.linear(dropped(x, dropout, seed), A_P)
-    y = _plus_product(F.linear(x, weight, bias), h, scale * lora_B.T)
+    y = _plus_product(F.linear(x, weight, bias), h, scale * spread(lora_B, sizes).T)
     if frozen_A is not None and frozen_B is not None:
-        y = _plus_product(y, F.linear(x, frozen_A.to(x.dtype)), -scale * frozen_B.T)
+        y = _plus_product(y, F.linear(x, frozen_A.to(x.dtype)), -scale * spread(frozen_B, sizes).T)
     return y, h, A_P
 
 
@@ -64,20 +80,21 @@ def backward(
     dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A_P: torch.Tensor, layer: Layer, needs: list[bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dA, dB); an empty tensor for each that ``needs`` = [x, A, B] does not ask for."""
-    weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed = layer
+    weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed, sizes = layer
     needs_x, needs_A, needs_B = needs
     dx, dA, dB = (dy.new_empty(0) for _ in needs)
-    dh = dy @ (scale * lora_B).to(x.dtype)
+    dh = dy @ (scale * spread(lora_B, sizes)).to(x.dtype)
     if needs_x:
         dx = torch.matmul(dy, weight)
         # Dropout's derivative is the same mask and factor, applied to the adapter's share of the gradient.
         dx = dx + dropped(dh @ A_P, dropout, seed) if dropout else _plus_product(dx, dh, A_P)
         if frozen_A is not None and frozen_B is not None:
-            dx = _plus_product(dx, dy @ (-scale * frozen_B).to(x.dtype), frozen_A)
+            dx = _plus_product(dx, dy @ (-scale * spread(frozen_B, sizes)).to(x.dtype), frozen_A)
     if needs_A:
         rows = dropped(x, dropout, seed)
         dA_P = dh.reshape(-1, dh.shape[-1]).T @ rows.reshape(-1, rows.shape[-1])
         dA = fold(dA_P, basis, complement, lora_A.dtype)
     if needs_B:
-        dB = ((dy.reshape(-1, dy.shape[-1]).T @ h.reshape(-1, h.shape[-1])) * scale).to(lora_B.dtype)
+        dB = gather(dy.reshape(-1, dy.shape[-1]).T @ h.reshape(-1, h.shape[-1]), sizes)
+        dB = (dB * scale).to(lora_B.dtype)
     return dx, dA, dB
