@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 from guardspace_kernels.guard.files import load_tensors, save_tensors
 from guardspace_kernels.guard.layers import ModelFingerprint, find_layers, linear_weight
 from guardspace_kernels.guard.null_space import RULES, EmptyNullSpaceError, NullSpace, null_space
-from guardspace_kernels.guard.safety_subspace import INITS, starting_factors, trailing_subspace
+from guardspace_kernels.guard.safety_subspace import INITS, DampedCovariance, starting_factors, trailing_subspace
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 from guardspace_kernels.ops import null_project_
+from guardspace_kernels.ops._library import full_float32_products
 
 _KIND = "guard plan"
 _Item = TypeVar("_Item")
@@ -293,35 +294,44 @@ def plan_guard(
     stats.fingerprint.check(ModelFingerprint.of(model, names), "the statistics")
 
     used = [entry for entry in stats.inputs if any(name in names for name in entry.layers)]
-    index_of = {name: i for i, entry in enumerate(used) for name in entry.layers}
 
-    def solve_space(entry: InputStatistics) -> NullSpace | None:
-        return _space_for(entry, config)
+    def solve(item: tuple[int, InputStatistics]) -> tuple[NullSpace | None, list[LayerPlan]]:
+        index, entry = item
+        space = _space_for(entry, config)
+        bar.update()
+        modules = {name: model.get_submodule(name) for name in entry.layers if name in names}
+        damped = None
+        if config.init != "zero":
+            device = linear_weight(next(iter(modules.values()))).device
+            damped = DampedCovariance(entry.covariance.to(device), config.damping)
+        planned = []
+        for name, module in modules.items():
+            planned.append(_plan_layer(name, module, entry, index, space, damped, config))
+            bar.update()
+        return space, planned
 
-    def solve_layer(name: str) -> LayerPlan:
-        index = index_of[name]
-        return _plan_layer(name, model.get_submodule(name), used[index], index, spaces[index], config)
-
-    with tqdm(total=len(used) + len(names), desc="plan", unit="solve", disable=not progress) as bar:
-        spaces = _in_parallel(solve_space, used, bar)
-        layers = dict(zip(names, _in_parallel(solve_layer, names, bar), strict=True))
+    # The setting is the process's: solves that changed and restored it on their own would disturb each other.
+    bar = tqdm(total=len(used) + len(names), desc="plan", unit="solve", disable=not progress)
+    with full_float32_products(), bar:
+        # A wide input takes longest: begun last, it would keep one core busy while the others wait.
+        solved = _in_parallel(solve, list(enumerate(used)), key=lambda item: -item[1].covariance.shape[0])
+    spaces = [space for space, _ in solved]
+    of_layer = {layer.name: layer for _, planned in solved for layer in planned}
+    layers = {name: of_layer[name] for name in names}
     fingerprint = ModelFingerprint(stats.fingerprint.model, {n: stats.fingerprint.layers[n] for n in names})
     return GuardPlan(config, layers, spaces, fingerprint)
 
 
-def _in_parallel(solve: Callable[[_Item], _Result], items: Sequence[_Item], bar: Any) -> list[_Result]:
-    """Results in the order of ``items``, one single-threaded solve per core: LAPACK gains little from threads here."""
-
-    def solve_one(item: _Item) -> _Result:
-        result = solve(item)
-        bar.update()
-        return result
-
+def _in_parallel(
+    solve: Callable[[_Item], _Result], items: Sequence[_Item], key: Callable[[_Item], float]
+) -> list[_Result]:
+    """Results in the order of ``items``, begun in the order of ``key``; one single-threaded solve per core, since
+    LAPACK gains little from threads at these sizes."""
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(solve_one, item) for item in items]
+        futures = {i: pool.submit(solve, items[i]) for i in sorted(range(len(items)), key=lambda i: key(items[i]))}
         try:
-            return [future.result() for future in futures]
+            return [futures[i].result() for i in range(len(items))]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -330,7 +340,13 @@ def _in_parallel(solve: Callable[[_Item], _Result], items: Sequence[_Item], bar:
 
 
 def _plan_layer(
-    name: str, module: nn.Module, entry: InputStatistics, index: int, space: NullSpace | None, config: GuardConfig
+    name: str,
+    module: nn.Module,
+    entry: InputStatistics,
+    index: int,
+    space: NullSpace | None,
+    damped: DampedCovariance | None,
+    config: GuardConfig,
 ) -> LayerPlan:
     weight = linear_weight(module).detach()
     d_out, d_in = weight.shape
@@ -344,14 +360,14 @@ def _plan_layer(
             f"layer {name}: its statistics are {tuple(entry.covariance.shape)} but it reads {d_in} features"
         )
     warnings = [] if space is None else _space_warnings(entry, space, config.rank)
-    if config.init == "zero":
+    if damped is None:
         # Seeded by the layer's name, so that the result does not depend on the order of the solves.
         seed = int.from_bytes(hashlib.sha256(f"{config.seed} {name}".encode()).digest()[:7], "big")
         uniform = torch.rand(config.rank, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         A0 = (2.0 * uniform - 1.0) / math.sqrt(d_in)
         B0 = torch.zeros(d_out, config.rank, dtype=torch.float64)
     else:
-        U, sigma = trailing_subspace(weight, entry.covariance.to(weight.device), config.rank, config.damping)
+        U, sigma = trailing_subspace(weight.to(damped.matrix.device), damped, config.rank)
         A0, B0, dead = starting_factors(weight, U, sigma, config.scale, config.init)
         if dead:
             warnings.append(f"{dead} of {config.rank} starting directions carry no weight and start at zero")

@@ -2,6 +2,7 @@ import pytest
 import torch
 from guard_helpers import dense_projector, relative_error
 
+from guardspace_kernels.guard import null_space as module
 from guardspace_kernels.guard.null_space import EmptyNullSpaceError, null_space
 
 D = 24
@@ -166,3 +167,39 @@ def test_unusable_covariances_and_rules():
         null_space(C, NO_SINKS, rule="best")
     with pytest.raises(ValueError, match='rule="rank" needs protect_dims'):
         null_space(C, NO_SINKS, rule="rank")
+
+
+def wide_covariance(d=300, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(4 * d, d, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, d).double()
+    X = X @ torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0]
+    return X.T @ X
+
+
+@pytest.mark.parametrize("protect", [0.5, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_wide_inputs_are_solved_in_float32_to_the_same_answer(protect, sinks, monkeypatch):
+    C = wide_covariance()
+    sinks = torch.randn(sinks, len(C), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    fast = null_space(C, sinks, protect=protect)
+    monkeypatch.setattr(module, "_WIDE", 10**9)
+    exact = null_space(C, sinks, protect=protect)
+    assert fast.basis.dtype == torch.float32 and exact.basis.dtype == torch.float64
+    assert (fast.protected, fast.complement, fast.sink_directions) == (
+        exact.protected, exact.complement, exact.sink_directions
+    )  # fmt: skip
+    assert abs(fast.free_energy - exact.free_energy) < 1e-5
+    Q, true = fast.basis.double(), exact.basis
+    assert (Q.T @ Q - torch.eye(Q.shape[1])).abs().max() < 2e-6
+    assert (Q @ Q.T - true @ true.T).norm() < 1e-3  # eigenvalues beside the cut are close to each other
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"protect": 1.0}, {"protect": 1 - 1e-7}, {"rule": "paper"}, {"rule": "rank", "protect_dims": 7}],
+    ids=str,
+)
+def test_what_float32_cannot_resolve_is_solved_in_float64(options):
+    C = wide_covariance()
+    C[:, :50] = C[:50] = 0.0
+    assert null_space(C, torch.empty(0, len(C)), **options).basis.dtype == torch.float64

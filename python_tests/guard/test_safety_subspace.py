@@ -2,7 +2,8 @@ import pytest
 import torch
 from guard_helpers import relative_error
 
-from guardspace_kernels.guard.safety_subspace import starting_factors, trailing_subspace
+from guardspace_kernels.guard import safety_subspace
+from guardspace_kernels.guard.safety_subspace import DampedCovariance, starting_factors, trailing_subspace
 
 SHAPES = [(20, 12), (12, 20), (16, 16)]  # tall, wide, square
 SCALES = [0.5, 1.0, 2.0, 8.0]
@@ -110,3 +111,96 @@ def test_a_zero_weight_starts_at_zero_with_finite_factors():
 def test_rank_out_of_range(rank):
     with pytest.raises(ValueError, match=rf"rank must be from 1 to min\(d_out, d_in\) = 12, got {rank}"):
         trailing_subspace(*problem(20, 12), rank)
+
+
+def layer(d_out, d_in, kind, seed=0):
+    """A float32 weight and covariance as of a real layer: activations of decaying energy in random directions."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    W = normal(d_out, d_in) / d_in**0.5
+    X = normal(3 * d_in, d_in) * torch.logspace(0, -3, d_in).double() @ torch.linalg.qr(normal(d_in, d_in))[0]
+    if kind == "outlier":
+        X[:, 5] *= 50
+    elif kind == "few tokens":
+        X = X[: d_in // 4]
+    elif kind == "heavy-tailed weight":
+        W = W * torch.logspace(0, -4, d_in).double()
+    elif kind == "rank-deficient":
+        W = normal(d_out, min(d_out, d_in) // 2) @ normal(min(d_out, d_in) // 2, d_in) / d_in
+    return W.float(), (X.T @ X).float()
+
+
+KINDS = ["plain", "outlier", "few tokens", "heavy-tailed weight", "rank-deficient"]
+WIDE = [(192, 192), (384, 160), (160, 384)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", WIDE)
+@pytest.mark.parametrize("rank", [1, 8, 40])
+def test_the_krylov_space_holds_the_trailing_subspace(shape, rank, kind):
+    """Energy at most 1% above that of a float64 SVD; for a singular W, above the SVD's rounding."""
+    W, C = layer(*shape, kind)
+    U, sigma = trailing_subspace(W, C, rank)
+    M = W.double() @ DampedCovariance(C).matrix
+    values = torch.linalg.svdvals(M)
+    smallest, rounding = values[-rank:].square().sum(), (1e-14 * values[0]) ** 2 * rank
+    assert (U.T @ M).square().sum() <= 1.01 * smallest + rounding
+    assert (U.T @ U - torch.eye(rank)).abs().max() < 1e-12
+    assert (sigma.square().sum() - (U.T @ M).square().sum()).abs() <= 1e-6 * smallest + rounding
+    assert (sigma.diff() <= 0).all()
+    if shape[0] > shape[1] and kind != "rank-deficient":  # within the range of W, as float32 finds it
+        Q, _ = torch.linalg.qr(W.double())
+        assert (U - Q @ (Q.T @ U)).norm() < 1e-5
+
+
+def test_float32_is_kept_only_where_float64_confirms_it(monkeypatch):
+    tried = []
+    by_krylov = safety_subspace._by_krylov
+
+    def spy(weight, C, rank, dtype):
+        found = by_krylov(weight, C, rank, dtype)
+        tried.append((dtype, found is not None))
+        return found
+
+    monkeypatch.setattr(safety_subspace, "_by_krylov", spy)
+    trailing_subspace(*layer(160, 384, "outlier"), 8)
+    assert tried == [(torch.float32, True)]
+    tried.clear()
+    trailing_subspace(*layer(192, 192, "heavy-tailed weight"), 8)
+    assert tried == [(torch.float32, False), (torch.float64, True)]
+
+
+def test_a_wrong_answer_is_not_kept(monkeypatch):
+    """The check is of the answer itself: other columns of the same space do not pass."""
+    W, C = layer(160, 384, "plain")
+    smallest = safety_subspace._smallest
+
+    def worse(inverse, rank):
+        V, energy = smallest(inverse, rank)
+        return torch.linalg.qr(V + 1e-2 * torch.randn_like(V)).Q, energy
+
+    monkeypatch.setattr(safety_subspace, "_smallest", worse)
+    assert safety_subspace._by_krylov(W, DampedCovariance(C), 8, torch.float32) is None
+    values = torch.linalg.svdvals(W.double() @ DampedCovariance(C).matrix)
+    torch.testing.assert_close(trailing_subspace(W, C, 8)[1], values[-8:], rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_degenerate_wide_problems_end(value):
+    W, C = layer(160, 384, "plain")
+    if value == value:
+        U, sigma = trailing_subspace(torch.zeros_like(W), C, 8)
+        assert sigma.abs().max() == 0 and (U.T @ U - torch.eye(8)).abs().max() < 1e-12
+    else:
+        with pytest.raises(torch.linalg.LinAlgError):
+            trailing_subspace(torch.full_like(W, value), C, 8)
+
+
+def test_without_damping_a_singular_covariance_still_has_its_subspace():
+    W, C = layer(192, 192, "few tokens")
+    U, _ = trailing_subspace(W, C, 8, damping=0.0)
+    M = W.double() @ C.double()
+    assert (U.T @ M).norm() <= 1e-6 * M.norm()
