@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 _METADATA_KEY = "guardspace"
-_VERSION = 1
+_VERSIONS = {"calibration statistics": 2}  # of the other kinds: 1
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -39,7 +39,7 @@ def save_tensors(
     """A safetensors file with a JSON header that says what it is."""
     from safetensors.torch import save_file
 
-    metadata = {"format": "pt", _METADATA_KEY: json.dumps({"kind": kind, "version": _VERSION, **header})}
+    metadata = {"format": "pt", _METADATA_KEY: json.dumps({"kind": kind, "version": _VERSIONS.get(kind, 1), **header})}
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     write_atomic(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
 
@@ -58,9 +58,10 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, tor
                     f"{os.fspath(path)} is not a {kind} file of this library"
                     + (f" but a {header['kind']} file" if header.get("kind") else "")
                 )
-            if header["version"] != _VERSION:
+            version = _VERSIONS.get(kind, 1)
+            if header["version"] != version:
                 raise ValueError(
-                    f"{os.fspath(path)} has format version {header['version']}, this library reads {_VERSION}; "
+                    f"{os.fspath(path)} has format version {header['version']}, this library reads {version}; "
                     "write it again with this version"
                 )
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import math
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,8 +17,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from guardspace_kernels.guard.files import load_tensors, save_tensors
-from guardspace_kernels.guard.layers import ModelFingerprint, base_model, find_layers
+from guardspace_kernels.guard.layers import (
+    ModelFingerprint,
+    base_model,
+    find_layers,
+    linear_weight,
+    tensor_fingerprint,
+)
 from guardspace_kernels.nn import CovarianceAccumulator
+from guardspace_kernels.ops import symmetrize_
 
 _KIND = "calibration statistics"
 Batch = Mapping[str, torch.Tensor]
@@ -67,7 +76,10 @@ class CalibrationStatistics:
         return self._by_layer[name]
 
     def merge(self, other: CalibrationStatistics) -> CalibrationStatistics:
-        """The statistics of both sets of prompts together; ValueError unless both are of the same model and layers."""
+        """The statistics of both sets of prompts together; ``a.merge(b)`` is ``b.merge(a)`` bit for bit.
+
+        ValueError unless both are of the same model and layers.
+        """
         self.fingerprint.check(other.fingerprint, "the statistics to merge")
         if [e.layers for e in self.inputs] != [e.layers for e in other.inputs]:
             raise ValueError("the statistics to merge cover other layers, or group them otherwise")
@@ -78,18 +90,47 @@ class CalibrationStatistics:
                     list(a.layers),
                     a.covariance + b.covariance,
                     a.tokens + b.tokens,
-                    _distinct(b.sinks, a.sinks),
+                    _union([a.sinks, b.sinks]),
                     a.sink_tokens + b.sink_tokens,
                 )
             )
         return CalibrationStatistics(merged, self.fingerprint, self.prompts + other.prompts)
 
+    def all_reduce(self, group: Any = None) -> CalibrationStatistics:
+        """The statistics of all processes of a ``torch.distributed`` group together, the same on each of them.
+
+        Every process collects on prompts of its own and then calls this. ValueError, on every process, unless all
+        have the same model and layers.
+        """
+        import torch.distributed as dist
+
+        mine = (self.fingerprint.model, [entry.layers for entry in self.inputs], [e.sinks.cpu() for e in self.inputs])
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, mine, group)
+        for rank, (model, layers, _) in enumerate(gathered):
+            if (model, layers) != gathered[0][:2]:
+                raise ValueError(f"the statistics of ranks 0 and {rank} are of other models or layers")
+        # NCCL reduces tensors on GPUs only.
+        device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        counts = torch.tensor([self.prompts, *(n for e in self.inputs for n in (e.tokens, e.sink_tokens))])
+        counts = counts.to(device)
+        dist.all_reduce(counts, group=group)
+        prompts, *rest = counts.tolist()
+        reduced = []
+        for i, entry in enumerate(self.inputs):
+            packed = _packed(entry.covariance).to(device)
+            dist.all_reduce(packed, group=group)
+            sinks = _union([theirs[i] for *_, theirs in gathered]).to(entry.sinks.device)
+            covariance = _unpacked(packed.to(entry.covariance.device))
+            reduced.append(InputStatistics(list(entry.layers), covariance, rest[2 * i], sinks, rest[2 * i + 1]))
+        return CalibrationStatistics(reduced, self.fingerprint, prompts)
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file, atomically."""
+        """Writes one safetensors file, atomically: of every covariance its lower triangle."""
         tensors: dict[str, torch.Tensor] = {}
         inputs = []
         for i, entry in enumerate(self.inputs):
-            tensors[f"{i}.covariance"], tensors[f"{i}.sinks"] = entry.covariance, entry.sinks
+            tensors[f"{i}.covariance"], tensors[f"{i}.sinks"] = _packed(entry.covariance), entry.sinks
             inputs.append({"layers": entry.layers, "tokens": entry.tokens, "sink_tokens": entry.sink_tokens})
         header = {
             "prompts": self.prompts,
@@ -105,7 +146,7 @@ class CalibrationStatistics:
         inputs = [
             InputStatistics(
                 entry["layers"],
-                tensors[f"{i}.covariance"],
+                _unpacked(tensors[f"{i}.covariance"]),
                 entry["tokens"],
                 tensors[f"{i}.sinks"],
                 entry["sink_tokens"],
@@ -120,6 +161,28 @@ class CalibrationStatistics:
             f"CalibrationStatistics({len(self._by_layer)} layers, {len(self.inputs)} distinct inputs, "
             f"{self.prompts} prompts, {tokens} tokens)"
         )
+
+
+def _packed(C: torch.Tensor) -> torch.Tensor:
+    """The lower triangle, row after row: (d (d + 1) / 2,)."""
+    return torch.cat([row[: i + 1] for i, row in enumerate(C.unbind())])
+
+
+def _unpacked(triangle: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix whose lower triangle it is."""
+    d = (math.isqrt(8 * triangle.numel() + 1) - 1) // 2
+    C = triangle.new_zeros(d, d)
+    for row, part in zip(C.unbind(), triangle.split(list(range(1, d + 1))), strict=True):
+        row[: len(part)] = part
+    symmetrize_(C)
+    return C
+
+
+def _union(sinks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The distinct rows of all, whatever their order."""
+    rows = torch.cat(list(sinks))
+    order = sorted(range(len(rows)), key=lambda i: rows[i].tolist())
+    return _distinct(rows[order], rows[:0])
 
 
 def _distinct(candidates: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
@@ -245,6 +308,107 @@ class _Collector:
         self.batch += 1
 
 
+class _Checkpoint:
+    """A file with the state of a collection after some batches; does nothing without a path."""
+
+    KIND = "statistics checkpoint"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        collector: _Collector,
+        fingerprint: ModelFingerprint,
+        options: dict[str, Any],
+    ) -> None:
+        self.path, self.collector, self.fingerprint, self.options = path, collector, fingerprint, options
+        self.prompts = 0
+        self.batches: list[str] = []  # a hash of each that is in the state
+        self.resumed = 0
+        self.saved = True
+        if path is not None and os.path.exists(path):
+            self._load(path)
+
+    def has(self, index: int, batch: Batch) -> bool:
+        """Whether the file has this batch; ValueError if it has another one in its place."""
+        if index >= self.resumed:
+            return False
+        if _batch_hash(batch) != self.batches[index]:
+            raise ValueError(f"batch {index} is not the one that {self._name()} was made from; {self._advice()}")
+        return True
+
+    def add(self, batch: Batch, prompts: int, save: bool) -> None:
+        if self.path is None:
+            return
+        self.batches.append(_batch_hash(batch))
+        self.prompts, self.saved = prompts, save
+        if save:
+            self._save(self.path)
+
+    def end(self, seen: int) -> None:
+        """After the last of ``seen`` batches."""
+        if seen < self.resumed:
+            raise ValueError(
+                f"there are {seen} batches, but {self._name()} was made from {self.resumed}; {self._advice()}"
+            )
+        if self.path is not None and not self.saved:
+            self._save(self.path)
+
+    def _name(self) -> str:
+        assert self.path is not None
+        return f"the checkpoint {os.fspath(self.path)}"
+
+    def _advice(self) -> str:
+        return "give the arguments of the first call, or another checkpoint file"
+
+    def _save(self, path: str | os.PathLike[str]) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        inputs = []
+        for i, one in enumerate(self.collector.inputs):
+            tensors[f"{i}.covariance"], tensors[f"{i}.sinks"] = _packed(one.accumulator.lower), one.sinks
+            tokens = int(one.accumulator.tokens)
+            inputs.append([one.layers, tokens, one.sink_tokens, one.first_batch])
+        header = {
+            "inputs": inputs,
+            "batches": self.batches,
+            "prompts": self.prompts,
+            "options": self.options,
+            "fingerprint": {"model": self.fingerprint.model, "layers": self.fingerprint.layers},
+        }
+        save_tensors(path, self.KIND, tensors, header)
+
+    def _load(self, path: str | os.PathLike[str]) -> None:
+        tensors, header = load_tensors(path, self.KIND)
+        if header["options"] != self.options or list(header["fingerprint"]["layers"]) != list(self.fingerprint.layers):
+            theirs, mine = (
+                {**o, "layers": n}
+                for o, n in (
+                    (header["options"], len(header["fingerprint"]["layers"])),
+                    (self.options, len(self.fingerprint.layers)),
+                )
+            )
+            raise ValueError(f"{self._name()} was made with {theirs}, this call has {mine}; {self._advice()}")
+        self.fingerprint.check(ModelFingerprint(**header["fingerprint"]), f"the statistics in {self._name()}")
+        for i, (names, tokens, sink_tokens, first_batch) in enumerate(header["inputs"]):
+            lower, sinks = tensors[f"{i}.covariance"], tensors[f"{i}.sinks"]
+            device = linear_weight(self.collector.layers[names[0]]).device
+            one = _Input(sinks.shape[1], sinks.dtype, device, first_batch)
+            one.layers, one.sinks, one.sink_tokens = names, sinks.to(device), sink_tokens
+            one.accumulator.lower.copy_(_unpacked(lower))
+            one.accumulator.tokens.fill_(tokens)
+            self.collector.inputs.append(one)
+            self.collector.input_of.update(dict.fromkeys(names, one))
+        self.batches, self.prompts = header["batches"], header["prompts"]
+        self.resumed = self.collector.batch = len(self.batches)
+
+
+def _batch_hash(batch: Batch) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(batch):
+        value = batch[key]
+        digest.update(f"{key} {tensor_fingerprint(value) if isinstance(value, torch.Tensor) else value!r}".encode())
+    return digest.hexdigest()[:32]
+
+
 def checked_mask(batch: Batch, index: int) -> torch.Tensor:
     if not isinstance(batch, Mapping):
         raise TypeError(
@@ -357,6 +521,8 @@ def collect_statistics(
     separate_sink: bool = True,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 1,
 ) -> CalibrationStatistics:
     """One pass over safety-triggering prompts: ``C = Xᵀ X`` of the input of every guarded layer.
 
@@ -376,6 +542,9 @@ def collect_statistics(
         separate_sink: False counts the first token as any other.
         dtype: of C: float32 or float64 (for ``rule="paper"``, whose threshold float32 hardly resolves).
         progress: show a progress bar.
+        checkpoint: a file that holds the state after every ``checkpoint_every`` batches (the size of the statistics
+            themselves, so choose a larger number for a large model). If it exists, those batches are not run again:
+            the same call with the same batches goes on, and ends with the same bits as an uninterrupted one.
 
     Returns:
         :class:`CalibrationStatistics`.
@@ -390,13 +559,19 @@ def collect_statistics(
         raise TypeError(f"dtype must be float32 or float64, got {dtype}")
     if answer_tokens < 0:
         raise ValueError(f"answer_tokens must be 0 or more, got {answer_tokens}")
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be 1 or more, got {checkpoint_every}")
     layers = find_layers(model, target_modules)
     fingerprint = ModelFingerprint.of(model, list(layers))
+    options = {"answer_tokens": answer_tokens, "separate_sink": separate_sink, "dtype": str(dtype)}
     collector = _Collector(layers, dtype, separate_sink)
-    prompts = 0
+    state = _Checkpoint(checkpoint, collector, fingerprint, options)
+    prompts, index = state.prompts, -1
     with evaluating(model):
         for index, raw in enumerate(tqdm(batches, desc="statistics", unit="batch", disable=not progress)):
             checked_mask(raw, index)
+            if state.has(index, raw):
+                continue
             batch = to_device(model, raw)
             if answer_tokens:
                 batch = with_answers(model, batch, answer_tokens)
@@ -404,6 +579,8 @@ def collect_statistics(
                 forward_batch(model, batch)
             collector.end_batch()
             prompts += collector.mask.shape[0]
+            state.add(raw, prompts, save=(index + 1) % checkpoint_every == 0)
+    state.end(index + 1)
     if prompts == 0:
         raise ValueError("batches is empty: at least one prompt is needed")
     unseen = [name for name in layers if name not in collector.input_of]

@@ -84,7 +84,7 @@ def test_what_is_not_ours_is_refused(tmp_path):
 
 def test_a_file_of_a_later_format_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "later.safetensors"
-    monkeypatch.setattr(files, "_VERSION", 2)
+    monkeypatch.setitem(files._VERSIONS, "guard plan", 2)
     files.save_tensors(path, "guard plan", {"a": torch.ones(2)}, {})
     monkeypatch.undo()
     with pytest.raises(ValueError, match="format version 2, this library reads 1"):

@@ -38,7 +38,8 @@ def same_statistics(a, b, tolerance=2e-5):
     for x, y in zip(a.inputs, b.inputs, strict=True):
         assert (x.tokens, x.sink_tokens, x.sinks.shape) == (y.tokens, y.sink_tokens, y.sinks.shape)
         assert relative_error(x.covariance, y.covariance) < tolerance
-        assert relative_error(x.sinks, y.sinks) < 1e-3
+        if len(x.sinks):  # a set: in whatever order
+            assert torch.cdist(x.sinks, y.sinks).min(dim=1).values.max() < 1e-3 * y.sinks.norm()
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
