@@ -53,11 +53,6 @@ def view(t: torch.Tensor) -> View:
     return (t.data_ptr(), _DTYPES[t.dtype], rows, cols, t.stride(0), t.stride(1))
 
 
-def rows(t: torch.Tensor) -> torch.Tensor:
-    """(..., d) as (tokens, d): a view unless the leading dimensions have no common stride."""
-    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
-
-
 def written(*tensors: torch.Tensor) -> None:
     """Tells autograd that the kernels wrote to these: it would not notice a write through a pointer."""
     torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])

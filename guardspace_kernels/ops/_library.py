@@ -54,6 +54,11 @@ def shape(t: torch.Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
 
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """(..., d) as (tokens, d): a view unless the leading dimensions have no common stride."""
+    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
 def require_float(op: str, **tensors: torch.Tensor) -> None:
     for name, t in tensors.items():
         if t.dtype not in FLOATS:

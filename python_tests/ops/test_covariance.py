@@ -281,3 +281,9 @@ def test_bad_arguments_are_refused_by_name(arguments, exception, message):
 def test_symmetrize_refuses_by_name(covariance, exception, message):
     with pytest.raises(exception, match=f"symmetrize_: covariance must be .*{message}"):
         symmetrize_(covariance)
+
+
+def test_inputs_without_features():
+    C = torch.zeros(0, 0)
+    covariance_update_(C, torch.randn(2, 3, 0), torch.ones(2, 3, dtype=torch.bool))
+    assert C.shape == (0, 0)

@@ -602,3 +602,12 @@ def test_the_op_itself_refuses_dropout_without_a_seed():
 def test_the_good_call_is_good():
     y = projected_lora(**good())
     assert torch.equal(y, F.linear(torch.ones(2, 3), torch.ones(4, 3)) + 3)
+
+
+@pytest.mark.parametrize("d_in, d_out", [(0, 4), (5, 0), (0, 0)])
+def test_layers_without_features(d_in, d_out):
+    x, A, B = (torch.randn(*size, requires_grad=True) for size in ((2, 3, d_in), (2, d_in), (d_out, 2)))
+    y = projected_lora(x, torch.randn(d_out, d_in), A, B, torch.randn(d_in, 0))
+    assert y.shape == (2, 3, d_out) and not y.any()
+    y.sum().backward()
+    assert all(t.grad.shape == t.shape and not t.grad.any() for t in (x, A, B))

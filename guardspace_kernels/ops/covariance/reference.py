@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from guardspace_kernels.ops._library import compute_dtype, full_float32_products
+from guardspace_kernels.ops._library import compute_dtype, full_float32_products, rows
 
 #: (covariance, x, mask, scale)
 Update = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float]
@@ -16,12 +16,12 @@ def covariance_update_(updates: list[Update]) -> None:
 
 
 def _update(covariance: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
-    rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x.dtype, covariance.dtype))
+    X = rows(x).to(compute_dtype(x.dtype, covariance.dtype))
     if mask is not None:
         # where, not a product: 0 * NaN would poison the sum.
-        rows = torch.where(mask.reshape(-1, 1).bool(), rows, rows.new_zeros(()))
+        X = torch.where(mask.reshape(-1, 1).bool(), X, X.new_zeros(()))
     with full_float32_products():
-        product = rows.T @ rows
+        product = X.T @ X
     covariance.add_(product.tril_(), alpha=scale)
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from guardspace_kernels.ops._cpu import accepts as dense
-from guardspace_kernels.ops._cpu import extension, register, rows, view
-from guardspace_kernels.ops._library import compute_dtype
+from guardspace_kernels.ops._cpu import extension, register, view
+from guardspace_kernels.ops._library import compute_dtype, rows
 from guardspace_kernels.ops.null_projection import cpu_kernels as null_projection
 from guardspace_kernels.ops.projected_lora import reference
 

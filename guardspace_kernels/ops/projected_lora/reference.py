@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from guardspace_kernels.ops._library import rows
 from guardspace_kernels.ops.null_projection.reference import project
 
 
@@ -37,8 +38,8 @@ def gather(dB: torch.Tensor, output_sizes: Sequence[int] | None) -> torch.Tensor
     if output_sizes is None:
         return dB
     rank = dB.shape[1] // len(output_sizes)
-    rows = dB.split(list(output_sizes))
-    return torch.cat([block[:, i * rank : (i + 1) * rank] for i, block in enumerate(rows)])
+    blocks = dB.split(list(output_sizes))
+    return torch.cat([block[:, i * rank : (i + 1) * rank] for i, block in enumerate(blocks)])
 
 
 def fold(lora_A: torch.Tensor, basis: torch.Tensor | None, complement: bool, dtype: torch.dtype) -> torch.Tensor:
@@ -72,7 +73,7 @@ def forward(
 
 def _plus_product(y: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """``y + left @ right`` in y's memory and dtype, rounded once; y is (..., d), left (..., r), right (r, d)."""
-    y.view(-1, y.shape[-1]).addmm_(left.reshape(-1, left.shape[-1]), right.to(y.dtype))
+    y.view(y.shape[:-1].numel(), y.shape[-1]).addmm_(rows(left), right.to(y.dtype))
     return y
 
 
@@ -91,10 +92,9 @@ def backward(
         if frozen_A is not None and frozen_B is not None:
             dx = _plus_product(dx, dy @ (-scale * spread(frozen_B, sizes)).to(x.dtype), frozen_A)
     if needs_A:
-        rows = dropped(x, dropout, seed)
-        dA_P = dh.reshape(-1, dh.shape[-1]).T @ rows.reshape(-1, rows.shape[-1])
+        dA_P = rows(dh).T @ rows(dropped(x, dropout, seed))
         dA = fold(dA_P, basis, complement, lora_A.dtype)
     if needs_B:
-        dB = gather(dy.reshape(-1, dy.shape[-1]).T @ h.reshape(-1, h.shape[-1]), sizes)
+        dB = gather(rows(dy).T @ rows(h), sizes)
         dB = (dB * scale).to(lora_B.dtype)
     return dx, dA, dB
