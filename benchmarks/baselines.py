@@ -140,3 +140,23 @@ def project_addmm_(G: Tensor, Q: Tensor) -> Tensor:
 def each(project: Any, matrices: Sequence[Tensor], projectors: Sequence[Tensor]) -> list[Tensor]:
     """A model's layers one after another."""
     return [project(G, projector) for G, projector in zip(matrices, projectors, strict=True)]
+
+
+def trailing_paper(W: Tensor, C: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U_r, σ_r and V_rᵀ C⁻¹ as the paper's code gets them: C damped until its inverse inverts it, then a full SVD."""
+    eye, damping = torch.eye(len(C)), 0.01
+    while True:
+        damped = C + damping * C.diagonal().mean() * eye
+        inverse = torch.linalg.inv(damped)
+        if torch.dist(damped @ inverse, eye) < 0.05:
+            break
+        damping *= 2
+    U, sigma, Vh = torch.linalg.svd(W @ damped, full_matrices=False)
+    return U[:, -r:], sigma[-r:], Vh[-r:] @ inverse
+
+
+def null_space_paper(C: Tensor) -> Tensor:
+    """P as the paper's code forms it."""
+    values, vectors = torch.linalg.eigh(C)
+    N = vectors[:, values <= torch.clamp(1e-6 * values[-1], min=1e-8)]
+    return N @ N.T

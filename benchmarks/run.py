@@ -9,13 +9,27 @@ from typing import Any
 
 import torch
 
-from . import bench_covariance, bench_fused_lora, bench_null_projection, bench_projected_lora, bench_training_step
+from . import (
+    bench_covariance,
+    bench_fused_lora,
+    bench_null_projection,
+    bench_planning,
+    bench_projected_lora,
+    bench_training_step,
+)
 from . import targets as goals
 from .timing import Row, environment, label, measure, peaks, read_json, write_json
 
 MODULES = {
     m.OP: m
-    for m in (bench_covariance, bench_projected_lora, bench_fused_lora, bench_null_projection, bench_training_step)
+    for m in (
+        bench_covariance,
+        bench_projected_lora,
+        bench_fused_lora,
+        bench_null_projection,
+        bench_planning,
+        bench_training_step,
+    )
 }
 DTYPES = ("bfloat16", "float32")
 #: Speed-ups are told over these two: the plain PyTorch form that a competent person writes, and the naive one.
@@ -24,6 +38,7 @@ YARDSTICKS = {
     "projected_lora": ("folded eager", "dense P per token"),
     "fused_lora": ("ours, apart", "frozen linears"),
     "null_projection": ("addmm_", "dense P"),
+    "planning": ("paper's route",),
     "training_step": ("PEFT LoRA", "naive GuardSpace"),
 }
 #: Seconds of alternation per case and fewest rounds.
@@ -46,7 +61,9 @@ def case_table(rows: list[Row], markdown: bool) -> str:
     op = rows[0]["op"]
     seconds = {row["contestant"]: row.get("seconds") for row in rows}
     extra = [
-        key for key in ("saved", "saved_model", "peak_memory", "protected", "leak") if any(key in row for row in rows)
+        key
+        for key in ("saved", "saved_model", "peak_memory", "protected", "energy", "leak")
+        if any(key in row for row in rows)
     ]
     header = [label(rows[0]["shape"]), "ms", "quartiles", *(f"× {name}" for name in YARDSTICKS[op])]
     header += ["of peak", "of copy", "error", *(key.replace("_", " ") for key in extra)]
@@ -56,7 +73,8 @@ def case_table(rows: list[Row], markdown: bool) -> str:
     for row in rows:
         error = "–" if row["error"] is None else f"{row['error']:.0e}"
         if row["refused"] is not None:
-            lines.append([row["contestant"], *["–"] * 6, error, *["–"] * len(extra), row["refused"]])
+            blank = ["–"] * (4 + len(YARDSTICKS[op]))
+            lines.append([row["contestant"], *blank, error, *["–"] * len(extra), row["refused"]])
             continue
         low, high = (1e3 * q for q in row["quartiles"])
         line = [row["contestant"], f"{1e3 * row['seconds']:.3g}", f"{low:.3g}–{high:.3g}"]
@@ -75,6 +93,8 @@ def _fact(key: str, value: float | None) -> str:
         return f"{value:.0%}"
     if key == "leak":
         return f"{value:.0e}"
+    if key == "energy":
+        return f"{value:.4f}"
     return f"{value / 2**20:.1f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"
 
 
@@ -118,7 +138,8 @@ def run(
         print(f"\n{'## ' if markdown else ''}{op}", flush=True)
         for params in MODULES[op].cases(size, dtypes):
             case = MODULES[op].build(**params)
-            measured = measure(case, found, budget=budget, least=least, most=2 if size == "tiny" else 50)
+            rounds = min(least, getattr(MODULES[op], "ROUNDS", least))
+            measured = measure(case, found, budget=budget, least=rounds, most=2 if size == "tiny" else 50)
             del case
             rows += measured
             print("\n" + case_table(measured, markdown), flush=True)

@@ -120,6 +120,10 @@ def targets() -> list[Target]:
         *(Target(f"q/k/v and gate/up of SmolLM2, fused, {d}", "the separate frozen linears", "fused_lora", _dtype(d),
                  lambda rows, ours: rows[ours]["seconds"] / rows["frozen linears"]["seconds"], 1.0, False)
           for d in both),
+        Target("trailing subspace of a layer", "SVD, inverse and damping loop", "planning",
+               lambda shape: "d_in" in shape, _speedup("paper's route"), 6.0),
+        Target("plan of SmolLM2", "the paper's route", "planning",
+               lambda shape: "model" in shape, _speedup("paper's route"), 3.5),
         *(Target(f"SmolLM2 step {d}", "plain PEFT LoRA", _STEP, _dtype(d), _speedup("PEFT LoRA"), wanted)
           for d, wanted in zip(both, (1.05, 1.08), strict=True)),
         *(Target(f"SmolLM2 step {d}", "naive GuardSpace", _STEP, _dtype(d), _speedup("naive GuardSpace"), wanted)

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import baselines, bench_covariance, bench_fused_lora, bench_null_projection, bench_projected_lora
+from benchmarks import (
+    baselines,
+    bench_covariance,
+    bench_fused_lora,
+    bench_null_projection,
+    bench_planning,
+    bench_projected_lora,
+)
 
 DTYPES = ("bfloat16", "float32")
 
@@ -26,7 +33,9 @@ def test_peft_lora_is_the_arithmetic_of_pefts_layer(dtype):
     assert all(torch.equal(mine, its) for mine, its in zip(*grads, strict=True))
 
 
-@pytest.mark.parametrize("module", [bench_covariance, bench_projected_lora, bench_fused_lora, bench_null_projection])
+@pytest.mark.parametrize(
+    "module", [bench_covariance, bench_projected_lora, bench_fused_lora, bench_null_projection, bench_planning]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_contestant_computes_the_case(module, dtype):
     for params in module.cases("tiny", (dtype,)):
