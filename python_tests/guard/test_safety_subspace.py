@@ -166,11 +166,14 @@ def test_float32_is_kept_only_where_float64_confirms_it(monkeypatch):
         return found
 
     monkeypatch.setattr(safety_subspace, "_by_krylov", spy)
-    trailing_subspace(*layer(160, 384, "outlier"), 8)
-    assert tried == [(torch.float32, True)]
-    tried.clear()
-    trailing_subspace(*layer(192, 192, "heavy-tailed weight"), 8)
-    assert tried == [(torch.float32, False), (torch.float64, True)]
+    for shape, kind, expected in (
+        ((160, 384), "outlier", [(torch.float32, True)]),
+        ((384, 160), "heavy-tailed weight", [(torch.float32, False), (torch.float64, True)]),
+        ((192, 192), "plain", [(torch.float64, True)]),  # square: float64 at once
+    ):
+        tried.clear()
+        trailing_subspace(*layer(*shape, kind), 8)
+        assert tried == expected
 
 
 def test_a_wrong_answer_is_not_kept(monkeypatch):
