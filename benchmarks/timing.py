@@ -265,12 +265,23 @@ def write_json(path: Path, value: Any) -> None:
     descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=".write-", text=True)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
+            file.write(_json(value))
         os.chmod(scratch, 0o644)
         os.replace(scratch, path)
     except BaseException:
         os.unlink(scratch)
         raise
+
+
+def _json(value: Any) -> str:
+    """A line per row of a result file, so that a change of one shows as one line."""
+    if not isinstance(value, dict) or not isinstance(value.get("rows"), list):
+        return json.dumps(value, indent=1) + "\n"
+    head = "".join(
+        f"{json.dumps(key)}: {json.dumps(item, indent=1)},\n" for key, item in value.items() if key != "rows"
+    )
+    rows = ",\n".join(json.dumps(row) for row in value["rows"])
+    return f'{{\n{head}"rows": [\n{rows}\n]\n}}\n'
 
 
 def read_json(paths: Iterable[Path]) -> dict[str, Any]:
