@@ -378,15 +378,10 @@ class _Checkpoint:
 
     def _load(self, path: str | os.PathLike[str]) -> None:
         tensors, header = load_tensors(path, self.KIND)
-        if header["options"] != self.options or list(header["fingerprint"]["layers"]) != list(self.fingerprint.layers):
-            theirs, mine = (
-                {**o, "layers": n}
-                for o, n in (
-                    (header["options"], len(header["fingerprint"]["layers"])),
-                    (self.options, len(self.fingerprint.layers)),
-                )
+        if header["options"] != self.options:
+            raise ValueError(
+                f"{self._name()} was made with {header['options']}, this call has {self.options}; {self._advice()}"
             )
-            raise ValueError(f"{self._name()} was made with {theirs}, this call has {mine}; {self._advice()}")
         self.fingerprint.check(ModelFingerprint(**header["fingerprint"]), f"the statistics in {self._name()}")
         for i, (names, tokens, sink_tokens, first_batch) in enumerate(header["inputs"]):
             lower, sinks = tensors[f"{i}.covariance"], tensors[f"{i}.sinks"]
@@ -563,7 +558,9 @@ def collect_statistics(
         raise ValueError(f"checkpoint_every must be 1 or more, got {checkpoint_every}")
     layers = find_layers(model, target_modules)
     fingerprint = ModelFingerprint.of(model, list(layers))
-    options = {"answer_tokens": answer_tokens, "separate_sink": separate_sink, "dtype": str(dtype)}
+    options = {
+        "answer_tokens": answer_tokens, "separate_sink": separate_sink, "dtype": str(dtype), "layers": len(layers)
+    }  # fmt: skip
     collector = _Collector(layers, dtype, separate_sink)
     state = _Checkpoint(checkpoint, collector, fingerprint, options)
     prompts, index = state.prompts, -1
