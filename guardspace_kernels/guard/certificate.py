@@ -18,6 +18,7 @@ from guardspace_kernels.guard.statistics import (
     Batch,
     CalibrationStatistics,
     InputStatistics,
+    check_ids,
     checked_mask,
     evaluating,
     first_tokens,
@@ -316,6 +317,7 @@ def _measure_heldout(
     with evaluating(model):
         for index, raw in enumerate(batches):
             checked_mask(raw, index)
+            check_ids(model, raw, index)
             with disable_adapter():
                 batch = with_answers(model, to_device(model, raw), answer_tokens)
                 mask = batch["attention_mask"].bool()

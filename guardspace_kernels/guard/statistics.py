@@ -434,6 +434,22 @@ def checked_mask(batch: Batch, index: int) -> torch.Tensor:
     return mask
 
 
+def check_ids(model: nn.Module, batch: Batch, index: int) -> None:
+    """ValueError that names the prompt if it holds a token that the model does not know (another tokenizer's)."""
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    known = getattr(get_embeddings() if callable(get_embeddings) else None, "num_embeddings", None)
+    ids = batch.get("input_ids")
+    if known is None or ids is None:
+        return
+    unknown = ((ids < 0) | (ids >= known)).nonzero()
+    if len(unknown):
+        prompt, place = unknown[0].tolist()
+        raise ValueError(
+            f"batch {index}: prompt {prompt} holds token {int(ids[prompt, place])}, but the model knows {known} "
+            "tokens; tokenize with this model's tokenizer"
+        )
+
+
 def first_tokens(mask: torch.Tensor) -> torch.Tensor:
     """A mask of each row's first real token, on whichever side the padding is."""
     first = torch.zeros_like(mask)
@@ -567,6 +583,7 @@ def collect_statistics(
     with evaluating(model):
         for index, raw in enumerate(tqdm(batches, desc="statistics", unit="batch", disable=not progress)):
             checked_mask(raw, index)
+            check_ids(model, raw, index)
             if state.has(index, raw):
                 continue
             batch = to_device(model, raw)

@@ -339,8 +339,13 @@ def test_heldout_leaves_the_model_as_it_was():
     modes = {name: m.training for name, m in guarded.named_modules()}
     gk.certify(guarded, stats, heldout=[batch_of(HELD_OUT)], answer_tokens=2)
     bad = [batch_of(HELD_OUT), {"input_ids": torch.full((1, 3), 999)}]
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="batch 1: prompt 0 holds token 999, but the model knows 60 tokens"):
         gk.certify(guarded, stats, heldout=bad, answer_tokens=2)
+    runs = iter(range(3))  # and where the model itself fails, in the middle
+    handle = guarded.get_base_model().lm_head.register_forward_pre_hook(lambda *_: None if next(runs) < 2 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gk.certify(guarded, stats, heldout=[batch_of(HELD_OUT)], answer_tokens=2)
+    handle.remove()
     assert {name: m.training for name, m in guarded.named_modules()} == modes
     assert not any(m._forward_hooks for m in guarded.modules())
     assert not any(layer.disable_adapters for layer in guarded.guarded_layers().values())

@@ -411,3 +411,14 @@ def test_lists_instead_of_tensors_are_named(name):
     batch = {"input_ids": torch.ones(1, 3, dtype=torch.long), name: [[1, 1, 1]]}
     with pytest.raises(TypeError, match=f"batch 0: {name} must be a tensor, got list; tokenize with return_tensors"):
         gk.collect_statistics(PlainModel(), [batch], progress=False)
+
+
+@pytest.mark.parametrize("token", [60, -1])
+def test_tokens_of_another_tokenizer_name_the_prompt(token):
+    model, second = tiny_llama(), batch_of()
+    second["input_ids"][2, 1] = token
+    ran = []
+    model.register_forward_pre_hook(lambda *_: ran.append(1))
+    with pytest.raises(ValueError, match=rf"batch 1: prompt 2 holds token {token}, but the model knows 60 tokens"):
+        collect(model, [batch_of(), second])
+    assert len(ran) == 1
