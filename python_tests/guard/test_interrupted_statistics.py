@@ -160,7 +160,7 @@ def test_files_hold_triangles(tmp_path, d):
 
 
 RANK = """
-import sys, torch
+import os, sys, torch
 import torch.distributed as dist
 from guard_helpers import tiny_llama, PlainModel
 import guardspace_kernels as gk
@@ -174,7 +174,9 @@ try:
     other.all_reduce()
 except ValueError as error:
     print("refused:", error, flush=True)
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # gloo's threads sometimes outlive the group, and end the process with SIGABRT at the interpreter's exit
 """
 
 
