@@ -46,8 +46,8 @@ def trailing_subspace(
 
     ``C_d = C + δ·mean(diag C)·I``. By block Krylov iteration on ``(W C_d² Wᵀ)⁻¹``: in float32 where W is not
     square and the result stands up to a check in float64, else in float64, else (small or degenerate problems) by a
-    thin SVD. Of a tall W of full rank the vectors lie in its range, to 1e-5 where float32 found them. The energy ``‖U_rᵀ W C_d‖²`` is at most 1% above
-    the smallest possible.
+    thin SVD. Of a tall W of full rank the vectors lie in its range, to 1e-5 where float32 found them. The energy
+    ``‖U_rᵀ W C_d‖²`` is at most 1% above the smallest possible.
 
     Args:
         weight: (d_out, d_in). covariance: (d_in, d_in), symmetric. rank: 1 to min(d_out, d_in). damping: δ, unless
