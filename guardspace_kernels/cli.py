@@ -18,6 +18,16 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("env", help="versions, CPU features, and which backend is used and why")
 
+    inspect = commands.add_parser(
+        "inspect",
+        help="what each level of protection would leave to learn with, from saved statistics",
+        description="Reads a file of CalibrationStatistics.save and prints, for each value of GuardConfig(protect=), "
+        "the share of dimensions that is left to learn with (on average and at least) and which part of a calibration "
+        "input stays unprotected. Needs no model.",
+    )
+    inspect.add_argument("statistics", help="file of CalibrationStatistics.save")
+    inspect.add_argument("--json", metavar="FILE", help="also write the curve of every layer input as JSON")
+
     demo = commands.add_parser(
         "demo",
         help="fine-tune a real chat model with plain LoRA and with GuardSpace, and compare",
@@ -39,7 +49,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(environment_report())
         return 0
+    if options.command == "inspect":
+        return _inspect(options)
     return _demo(options)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from guardspace_kernels.guard.inspection import inspect_statistics
+    from guardspace_kernels.guard.statistics import CalibrationStatistics
+
+    try:
+        report = inspect_statistics(CalibrationStatistics.load(options.statistics))
+    except (OSError, ValueError) as error:
+        print(f"guardspace inspect: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        report.save(options.json)
+    print(report)
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:

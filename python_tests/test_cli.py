@@ -148,7 +148,8 @@ def test_cpu_flags_come_from_the_kernel_or_are_unknown(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--help"], ["guardspace", "env", "demo"]),
+        (["--help"], ["guardspace", "env", "inspect", "demo"]),
+        (["inspect", "--help"], ["statistics", "--json", "protect"]),
         (["demo", "--help"], ["--quick", "--out", "--seed", "--check", "PyPI"]),
     ],
 )
