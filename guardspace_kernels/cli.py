@@ -60,11 +60,11 @@ def _inspect(options: argparse.Namespace) -> int:
 
     try:
         report = inspect_statistics(CalibrationStatistics.load(options.statistics))
+        if options.json:
+            report.save(options.json)
     except (OSError, ValueError) as error:
         print(f"guardspace inspect: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        report.save(options.json)
     print(report)
     return 0
 

@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from guardspace_kernels.guard.files import write_text
+from guardspace_kernels.guard.null_space import free_dimensions
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
@@ -96,12 +97,10 @@ def _capacity(entry: InputStatistics) -> InputCapacity:
     if not torch.isfinite(C).all() or C.trace() <= 0:
         raise ValueError(f"layer {entry.layers[0]}: its covariance is zero or not finite; collect the statistics again")
     eigenvalues = torch.linalg.eigvalsh(C).clamp_min(0.0)
-    total, largest = float(eigenvalues.sum()), float(eigenvalues[-1])
-    held = eigenvalues.cumsum(0)  # by the smallest ones
-    slack = len(C) * torch.finfo(torch.float64).eps * largest
-    free = [int((held <= (1.0 - level) * total + slack).sum()) for level in LEVELS]
-    outside = [math.sqrt(float(held[n - 1]) / total) if n else 0.0 for n in free]
-    paper = int((eigenvalues > max(1e-8, 1e-6 * largest)).sum())
+    total = float(eigenvalues.sum())
+    free = [free_dimensions(eigenvalues, protect=level) for level in LEVELS]
+    outside = [math.sqrt(float(eigenvalues[:n].sum()) / total) for n in free]
+    paper = len(C) - free_dimensions(eigenvalues, rule="paper")
     sinks = float(entry.sinks.double().square().sum(dim=1).mean()) * entry.sink_tokens if len(entry.sinks) else 0.0
     d = len(C)
     share = sinks / (sinks + total)

@@ -79,21 +79,7 @@ def null_space(
         if (1.0 - protect) * eigenvalues.sum() < 10 * rounding:
             C = covariance.double()
             eigenvalues, E = torch.linalg.eigh(C)
-    eigenvalues = eigenvalues.double().clamp_min(0.0)
-    total = eigenvalues.sum()
-    largest = eigenvalues[-1]
-    if rule == "energy":
-        # Eigenvalues at rounding level are zeros: without the slack, protect=1 would protect noise.
-        slack = d * torch.finfo(torch.float64).eps * largest
-        free = int((eigenvalues.cumsum(0) <= (1.0 - protect) * total + slack).sum())
-    elif rule == "rank":
-        if protect_dims is None:
-            raise ValueError('rule="rank" needs protect_dims')
-        free = d - protect_dims
-    elif rule == "paper":
-        free = int((eigenvalues <= torch.clamp(1e-6 * largest, min=1e-8)).sum())
-    else:
-        raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
+    free = free_dimensions(eigenvalues, rule=rule, protect=protect, protect_dims=protect_dims)
     if free <= 0:
         raise EmptyNullSpaceError(f"the rule leaves no null space: all {d} dimensions are protected")
     N, Q = E[:, :free], E[:, free:]
@@ -117,6 +103,26 @@ def null_space(
         held = float(((C @ basis) * basis).double().sum() / C.diagonal().double().sum())
     free_energy = min(max(1.0 - held if complement else held, 0.0), 1.0)
     return NullSpace(basis.contiguous(), complement, protected, added, free_energy)
+
+
+def free_dimensions(
+    eigenvalues: torch.Tensor, *, rule: str = "energy", protect: float = 0.99, protect_dims: int | None = None
+) -> int:
+    """How many of C's ascending ``eigenvalues`` (d,) a rule of :func:`null_space` leaves free."""
+    d = len(eigenvalues)
+    eigenvalues = eigenvalues.double().clamp_min(0.0)
+    largest = eigenvalues[-1]
+    if rule == "energy":
+        # Eigenvalues at rounding level are zeros: without the slack, protect=1 would protect noise.
+        slack = d * torch.finfo(torch.float64).eps * largest
+        return int((eigenvalues.cumsum(0) <= (1.0 - protect) * eigenvalues.sum() + slack).sum())
+    if rule == "rank":
+        if protect_dims is None:
+            raise ValueError('rule="rank" needs protect_dims')
+        return d - protect_dims
+    if rule == "paper":
+        return int((eigenvalues <= torch.clamp(1e-6 * largest, min=1e-8)).sum())
+    raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
 
 
 def _directions_outside(sinks: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:

@@ -84,3 +84,10 @@ def test_command_refuses_other_files(content, words, tmp_path, capsys):
         (tmp_path / "s.safetensors").write_bytes(content)
     assert main(["inspect", str(tmp_path / "s.safetensors")]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_command_says_that_it_cannot_write(stats, tmp_path, capsys):
+    stats.save(tmp_path / "s.safetensors")
+    (tmp_path / "file").touch()
+    assert main(["inspect", str(tmp_path / "s.safetensors"), "--json", str(tmp_path / "file" / "r.json")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("guardspace inspect: ")
