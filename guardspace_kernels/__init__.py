@@ -16,9 +16,10 @@ from guardspace_kernels.dispatch import use_backend
 if TYPE_CHECKING:
     from guardspace_kernels import nn
     from guardspace_kernels.guard.certificate import DriftExceededError, DriftReport, certify
+    from guardspace_kernels.guard.collection import collect_statistics
     from guardspace_kernels.guard.export import ExportReport, export_lora
     from guardspace_kernels.guard.plan import GuardConfig, GuardPlan, plan_guard
-    from guardspace_kernels.guard.statistics import CalibrationStatistics, collect_statistics
+    from guardspace_kernels.guard.statistics import CalibrationStatistics
     from guardspace_kernels.integrations.optim import guard_optimizer
     from guardspace_kernels.integrations.peft import attach_guard
     from guardspace_kernels.integrations.transformers import GuardCallback
@@ -27,7 +28,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "CalibrationStatistics": "guard.statistics",
-    "collect_statistics": "guard.statistics",
+    "collect_statistics": "guard.collection",
     "GuardConfig": "guard.plan",
     "GuardPlan": "guard.plan",
     "plan_guard": "guard.plan",

@@ -12,12 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from guardspace_kernels.guard.files import write_text
-from guardspace_kernels.guard.layers import ModelFingerprint, is_conv1d, linear_weight, tensor_fingerprint
-from guardspace_kernels.guard.statistics import (
+from guardspace_kernels.guard.batches import (
     Batch,
-    CalibrationStatistics,
-    InputStatistics,
     check_ids,
     checked_mask,
     evaluating,
@@ -26,6 +22,9 @@ from guardspace_kernels.guard.statistics import (
     to_device,
     with_answers,
 )
+from guardspace_kernels.guard.files import write_text
+from guardspace_kernels.guard.layers import ModelFingerprint, is_conv1d, linear_weight, tensor_fingerprint
+from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 from guardspace_kernels.nn import NullSpaceProjector, ProjectedLoraLinear
 from guardspace_kernels.ops import squared_drift
 

@@ -1,0 +1,134 @@
+"""Batches of prompts: what is wrong with them, their real and first tokens, and how a model runs on them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from guardspace_kernels.guard.layers import base_model
+
+Batch = Mapping[str, torch.Tensor]
+
+
+def checked_mask(batch: Batch, index: int) -> torch.Tensor:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch {index} must be a mapping such as {{'input_ids': ..., 'attention_mask': ...}}, got "
+            f"{type(batch).__name__}; pass a list of such batches"
+        )
+    ids = batch.get("input_ids")
+    mask = batch.get("attention_mask")
+    for name, value in (("input_ids", ids), ("attention_mask", mask)):
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"batch {index}: {name} must be a tensor, got {type(value).__name__}; tokenize with return_tensors='pt'"
+            )
+    if mask is None:
+        if ids is None:
+            raise ValueError(f"batch {index} needs input_ids or an attention_mask; it has {sorted(batch)}")
+        mask = torch.ones_like(ids)
+    if mask.dim() != 2:
+        raise ValueError(f"batch {index}: attention_mask must be (prompts, tokens), got shape {tuple(mask.shape)}")
+    if ids is not None and ids.shape != mask.shape:
+        raise ValueError(
+            f"batch {index}: attention_mask {tuple(mask.shape)} and input_ids {tuple(ids.shape)} differ in shape"
+        )
+    mask = mask.bool()
+    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"batch {index}: prompt {empty[0]} is all padding (its attention_mask has no 1)")
+    return mask
+
+
+def check_ids(model: nn.Module, batch: Batch, index: int) -> None:
+    """ValueError that names the prompt if it holds a token that the model does not know (another tokenizer's)."""
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    known = getattr(get_embeddings() if callable(get_embeddings) else None, "num_embeddings", None)
+    ids = batch.get("input_ids")
+    if known is None or ids is None:
+        return
+    unknown = ((ids < 0) | (ids >= known)).nonzero()
+    if len(unknown):
+        prompt, place = unknown[0].tolist()
+        raise ValueError(
+            f"batch {index}: prompt {prompt} holds token {int(ids[prompt, place])}, but the model knows {known} "
+            "tokens; tokenize with this model's tokenizer"
+        )
+
+
+def first_tokens(mask: torch.Tensor) -> torch.Tensor:
+    """A mask of each row's first real token, on whichever side the padding is."""
+    first = torch.zeros_like(mask)
+    first[torch.arange(mask.shape[0], device=mask.device), mask.int().argmax(dim=1)] = True
+    return first
+
+
+def with_answers(model: nn.Module, batch: Batch, answer_tokens: int) -> dict[str, torch.Tensor]:
+    """The batch with the first tokens of the model's own greedy answers appended, padded on the left.
+
+    An answer ends with its first end-of-sequence token; what follows it is masked.
+    """
+    extra = sorted(set(batch) - {"input_ids", "attention_mask", "labels"})
+    if extra or "input_ids" not in batch:
+        raise ValueError(f"answer_tokens needs batches of input_ids and attention_mask alone, got also {extra}")
+    generate = getattr(model, "generate", None)
+    if not callable(generate):
+        raise TypeError(f"answer_tokens needs a model with .generate(), got {type(model).__name__}")
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask", torch.ones_like(ids)).long()
+    order = mask.argsort(dim=1, stable=True)
+    ids, mask = ids.gather(1, order), mask.gather(1, order)
+    config = getattr(model, "generation_config", None)
+    eos = getattr(config, "eos_token_id", None)
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    pad = getattr(config, "pad_token_id", None)
+    pad = pad if pad is not None else (ends[0] if ends else 0)
+    whole = generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=answer_tokens, do_sample=False, pad_token_id=pad
+    )
+    answer = whole[:, ids.shape[1] :]
+    ended = torch.isin(answer, torch.tensor(ends, device=answer.device)) if ends else torch.zeros_like(answer).bool()
+    before_end = (ended.long().cumsum(dim=1) - ended.long()) == 0
+    return {"input_ids": whole, "attention_mask": torch.cat([mask, before_end.long()], dim=1)}
+
+
+def forward_batch(model: nn.Module, batch: Batch, logits: int = 1) -> Any:
+    """``model(**batch)`` with positions that follow the mask (left padding moves absolute ones), without a cache and,
+    where the model knows how and no labels ask for more, with the logits of the last ``logits`` positions only."""
+    accepted = inspect.signature(base_model(model).forward).parameters
+    arguments: dict[str, Any] = dict(batch)
+    mask = batch.get("attention_mask")
+    if "position_ids" in accepted and "position_ids" not in batch and mask is not None and mask.dim() == 2:
+        arguments["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+    if "use_cache" in accepted:
+        arguments.setdefault("use_cache", False)
+    if "logits_to_keep" in accepted and "labels" not in batch:
+        ids = batch.get("input_ids")
+        # Positions, not a number: a number makes a strided slice, for which torch copies a frozen output embedding
+        # once per prompt (10.1 s against 2.7 s for 64 prompts of 38 tokens).
+        kept = logits if ids is None else torch.arange(ids.shape[1], device=ids.device)[-logits:]
+        arguments.setdefault("logits_to_keep", kept)
+    return model(**arguments)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients within the context; every module is left in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def to_device(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    device = next(model.parameters()).device
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
