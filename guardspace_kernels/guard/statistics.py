@@ -38,7 +38,7 @@ class InputStatistics:
 
 @dataclass
 class CalibrationStatistics:
-    """What :func:`guardspace_kernels.collect_statistics` returns: one :class:`InputStatistics` per distinct layer input.
+    """One :class:`InputStatistics` per distinct layer input, from :func:`guardspace_kernels.collect_statistics`.
 
     Bound to the weights of the model it was collected on. ``save``/``load`` use one safetensors file.
     """
@@ -104,10 +104,10 @@ class CalibrationStatistics:
         prompts, *rest = counts.tolist()
         reduced = []
         for i, entry in enumerate(self.inputs):
-            packed = packed(entry.covariance).to(device)
-            dist.all_reduce(packed, group=group)
+            triangle = packed(entry.covariance).to(device)
+            dist.all_reduce(triangle, group=group)
             sinks = _union([theirs[i] for *_, theirs in gathered]).to(entry.sinks.device)
-            covariance = unpacked(packed.to(entry.covariance.device))
+            covariance = unpacked(triangle.to(entry.covariance.device))
             reduced.append(InputStatistics(list(entry.layers), covariance, rest[2 * i], sinks, rest[2 * i + 1]))
         return CalibrationStatistics(reduced, self.fingerprint, prompts)
 
