@@ -275,10 +275,11 @@ def check_statistics(model: nn.Module, layers: dict[str, AdaptedLayer], stats: C
 
 
 def _certify_layer(name: str, layer: AdaptedLayer, entry: InputStatistics) -> LayerDrift:
-    output = squared_output(layer.weight, entry.covariance)
-    free_energy = float(entry.covariance.double().trace())
+    covariance = entry.covariance
+    output = squared_output(layer.weight, covariance)
+    free_energy = float(covariance.double().trace())
     if layer.projector is not None:
-        C = entry.covariance.to(layer.projector.basis.device, torch.float64, copy=True)
+        C = covariance.to(layer.projector.basis.device, torch.float64, copy=True)
         free_energy = float(layer.projector.project_(C).trace().clamp_min(0.0))
     spectral = _spectral_norm(layer.F.double(), layer.G.double())
     sinks = entry.sinks.double().to(layer.F.device)
@@ -287,7 +288,7 @@ def _certify_layer(name: str, layer: AdaptedLayer, entry: InputStatistics) -> La
         moved = (sinks @ layer.G.double().T) @ layer.F.double().T
         kept = sinks @ layer.weight.double().T
         sink_drift = float((moved.norm(dim=1) / kept.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)).max())
-    drift = _ratio(_squared_drift(layer.F, layer.G, entry.covariance), output)
+    drift = _ratio(_squared_drift(layer.F, layer.G, covariance), output)
     return LayerDrift(name, drift, _ratio(spectral**2 * free_energy, output), sink_drift)
 
 

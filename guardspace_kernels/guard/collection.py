@@ -43,6 +43,13 @@ class _Input:
         self.tensor: weakref.ref[torch.Tensor] | None = None
         self.version = 0
 
+    def statistics(self) -> InputStatistics:
+        """What was collected; frees the accumulator."""
+        triangle = packed(self.accumulator.lower).cpu()
+        tokens = int(self.accumulator.tokens)
+        del self.accumulator
+        return InputStatistics(self.layers, triangle, tokens, self.sinks, self.sink_tokens)
+
     def read(self, x: torch.Tensor) -> bool:
         """Whether x is the very tensor this input was last updated with."""
         return self.tensor is not None and self.tensor() is x and self.version == _version(x)
@@ -314,10 +321,5 @@ def collect_statistics(
     unseen = [name for name in layers if name not in collector.input_of]
     if unseen:
         raise ValueError(f"layer {unseen[0]} was never reached by the forward pass; leave it out of target_modules")
-    inputs = [
-        InputStatistics(
-            i.layers, i.accumulator.covariance(), int(i.accumulator.tokens), i.sinks, i.sink_tokens
-        )
-        for i in collector.inputs
-    ]  # fmt: skip
+    inputs = [i.statistics() for i in collector.inputs]
     return CalibrationStatistics(inputs, fingerprint, prompts)

@@ -213,18 +213,18 @@ class GuardPlan:
         return plan
 
 
-def _space_for(entry: InputStatistics, config: GuardConfig) -> NullSpace | None:
+def _space_for(entry: InputStatistics, covariance: torch.Tensor, config: GuardConfig) -> NullSpace | None:
     layer = entry.layers[0]
     if entry.tokens == 0:
         raise ValueError(f"layer {layer}: no token was counted; collect statistics on longer prompts")
-    if not (torch.isfinite(entry.covariance).all() and torch.isfinite(entry.sinks).all()):
+    if not (torch.isfinite(covariance).all() and torch.isfinite(entry.sinks).all()):
         raise ValueError(f"layer {layer}: the statistics hold non-finite values; collect them again")
     if not config.projector:
         return None
     try:
         space = null_space(
-            entry.covariance,
-            entry.sinks,
+            covariance,
+            entry.sinks.to(covariance.device),
             rule=config.rule,
             protect=config.protect,
             protect_dims=config.protect_dims,
@@ -245,7 +245,7 @@ def _space_for(entry: InputStatistics, config: GuardConfig) -> NullSpace | None:
 
 
 def _space_warnings(entry: InputStatistics, space: NullSpace, rank: int) -> list[str]:
-    d = entry.covariance.shape[0]
+    d = entry.features
     warnings = []
     if entry.tokens < d:
         warnings.append(f"only {entry.tokens} calibration tokens for {d} dimensions")
@@ -297,13 +297,12 @@ def plan_guard(
 
     def solve(item: tuple[int, InputStatistics]) -> tuple[NullSpace | None, list[LayerPlan]]:
         index, entry = item
-        space = _space_for(entry, config)
-        bar.update()
         modules = {name: model.get_submodule(name) for name in entry.layers if name in names}
-        damped = None
-        if config.init != "zero":
-            device = linear_weight(next(iter(modules.values()))).device
-            damped = DampedCovariance(entry.covariance.to(device), config.damping)
+        covariance = entry.covariance.to(linear_weight(next(iter(modules.values()))).device)
+        space = _space_for(entry, covariance, config)
+        bar.update()
+        damped = DampedCovariance(covariance, config.damping) if config.init != "zero" else None
+        del covariance
         planned = []
         for name, module in modules.items():
             planned.append(_plan_layer(name, module, entry, index, space, damped, config))
@@ -314,7 +313,7 @@ def plan_guard(
     bar = tqdm(total=len(used) + len(names), desc="plan", unit="solve", disable=not progress)
     with full_float32_products(), bar:
         # A wide input takes longest: begun last, it would keep one core busy while the others wait.
-        solved = _in_parallel(solve, list(enumerate(used)), key=lambda item: -item[1].covariance.shape[0])
+        solved = _in_parallel(solve, list(enumerate(used)), key=lambda item: -item[1].features)
     spaces = [space for space, _ in solved]
     of_layer = {layer.name: layer for _, planned in solved for layer in planned}
     layers = {name: of_layer[name] for name in names}
@@ -355,10 +354,8 @@ def _plan_layer(
             f"layer {name}: rank {config.rank} is above min(d_out, d_in) = {min(d_out, d_in)}; "
             "lower rank or leave the layer out"
         )
-    if entry.covariance.shape[0] != d_in:
-        raise ValueError(
-            f"layer {name}: its statistics are {tuple(entry.covariance.shape)} but it reads {d_in} features"
-        )
+    if entry.features != d_in:
+        raise ValueError(f"layer {name}: its statistics have {entry.features} features but it reads {d_in}")
     warnings = [] if space is None else _space_warnings(entry, space, config.rank)
     if damped is None:
         # Seeded by the layer's name, so that the result does not depend on the order of the solves.

@@ -10,30 +10,52 @@ from typing import Any
 
 import torch
 
-from guardspace_kernels.guard.files import load_tensors, save_tensors
+from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tensors
 from guardspace_kernels.guard.layers import ModelFingerprint
 from guardspace_kernels.ops import symmetrize_
 
 _KIND = "calibration statistics"
 
 
-@dataclass
 class InputStatistics:
-    """Statistics of one tensor that one or more layers read.
+    """Statistics of one tensor that one or more layers read, on the CPU.
 
     Attributes:
         layers: names of the layers that read it (q/k/v, for instance).
-        covariance: C = Xᵀ X (d, d), symmetric, un-normalised, over all real tokens but the first of each prompt.
+        features: d.
+        covariance: C = Xᵀ X (d, d), symmetric, un-normalised, over all real tokens but the first of each prompt. Kept
+            as a triangle, in memory or in a file: every access makes a new matrix. It can be assigned.
         tokens: T, the number of rows in X.
         sinks: (n, d), the distinct inputs seen at the first real token of a prompt (the attention sink).
         sink_tokens: how many first tokens were seen.
     """
 
-    layers: list[str]
-    covariance: torch.Tensor
-    tokens: int
-    sinks: torch.Tensor
-    sink_tokens: int
+    def __init__(
+        self,
+        layers: list[str],
+        covariance: torch.Tensor | StoredTensor,
+        tokens: int,
+        sinks: torch.Tensor,
+        sink_tokens: int,
+    ) -> None:
+        """``covariance`` is (d, d), or its lower triangle as :func:`packed` gives it."""
+        self.layers, self.tokens, self.sink_tokens = layers, tokens, sink_tokens
+        self.sinks = sinks.cpu()
+        self.features = sinks.shape[1]
+        self.triangle = covariance
+        if isinstance(covariance, torch.Tensor) and covariance.dim() == 2:
+            self.covariance = covariance
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        return unpacked(self.triangle.read() if isinstance(self.triangle, StoredTensor) else self.triangle)
+
+    @covariance.setter
+    def covariance(self, C: torch.Tensor) -> None:
+        self.triangle = packed(C).cpu()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return InputStatistics, (self.layers, self.covariance, self.tokens, self.sinks, self.sink_tokens)
 
 
 @dataclass
@@ -74,7 +96,7 @@ class CalibrationStatistics:
             merged.append(
                 InputStatistics(
                     list(a.layers),
-                    a.covariance + b.covariance,
+                    packed(a.covariance + b.covariance),
                     a.tokens + b.tokens,
                     _union([a.sinks, b.sinks]),
                     a.sink_tokens + b.sink_tokens,
@@ -90,7 +112,7 @@ class CalibrationStatistics:
         """
         import torch.distributed as dist
 
-        mine = (self.fingerprint.model, [entry.layers for entry in self.inputs], [e.sinks.cpu() for e in self.inputs])
+        mine = (self.fingerprint.model, [entry.layers for entry in self.inputs], [e.sinks for e in self.inputs])
         gathered: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, mine, group)
         for rank, (model, layers, _) in enumerate(gathered):
@@ -106,17 +128,16 @@ class CalibrationStatistics:
         for i, entry in enumerate(self.inputs):
             triangle = packed(entry.covariance).to(device)
             dist.all_reduce(triangle, group=group)
-            sinks = _union([theirs[i] for *_, theirs in gathered]).to(entry.sinks.device)
-            covariance = unpacked(triangle.to(entry.covariance.device))
-            reduced.append(InputStatistics(list(entry.layers), covariance, rest[2 * i], sinks, rest[2 * i + 1]))
+            sinks = _union([theirs[i] for *_, theirs in gathered])
+            reduced.append(InputStatistics(list(entry.layers), triangle.cpu(), rest[2 * i], sinks, rest[2 * i + 1]))
         return CalibrationStatistics(reduced, self.fingerprint, prompts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically: of every covariance its lower triangle."""
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor | StoredTensor] = {}
         inputs = []
         for i, entry in enumerate(self.inputs):
-            tensors[f"{i}.covariance"], tensors[f"{i}.sinks"] = packed(entry.covariance), entry.sinks
+            tensors[f"{i}.covariance"], tensors[f"{i}.sinks"] = entry.triangle, entry.sinks
             inputs.append({"layers": entry.layers, "tokens": entry.tokens, "sink_tokens": entry.sink_tokens})
         header = {
             "prompts": self.prompts,
@@ -127,14 +148,17 @@ class CalibrationStatistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationStatistics:
-        """Reads what :meth:`save` wrote; FileNotFoundError or ValueError if it is not such a file."""
-        tensors, header = load_tensors(path, _KIND)
+        """Opens what :meth:`save` wrote; FileNotFoundError or ValueError if it is not such a file.
+
+        Covariances stay in the file until they are asked for, one by one.
+        """
+        tensors, header = open_tensors(path, _KIND)
         inputs = [
             InputStatistics(
                 entry["layers"],
-                unpacked(tensors[f"{i}.covariance"]),
+                tensors[f"{i}.covariance"],
                 entry["tokens"],
-                tensors[f"{i}.sinks"],
+                tensors[f"{i}.sinks"].read(),
                 entry["sink_tokens"],
             )
             for i, entry in enumerate(header["inputs"])

@@ -1,10 +1,12 @@
+import copy
 import os
 
 import pytest
+import safetensors
 import torch
 
 from guardspace_kernels.guard import files
-from guardspace_kernels.guard.files import load_tensors, save_tensors, write_atomic, write_text
+from guardspace_kernels.guard.files import load_tensors, open_tensors, save_tensors, write_atomic, write_text
 
 
 def test_a_write_that_raises_midway_leaves_what_was_there(tmp_path):
@@ -89,3 +91,32 @@ def test_a_file_of_a_later_format_is_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="format version 2, this library reads 1"):
         files.load_tensors(path, "guard plan")
+
+
+def test_tensors_are_read_when_asked_for_even_if_the_file_is_gone(tmp_path):
+    path = tmp_path / "t"
+    tensors = {
+        "bytes": torch.randn(3).bfloat16(), "empty": torch.empty(0, 4), "long": torch.randn(5, 2, dtype=torch.float64),
+        "half": torch.randn(2, 3).half().T,
+    }  # fmt: skip
+    save_tensors(path, "test", tensors, {"a": 1})
+    with safetensors.safe_open(path, framework="pt") as file:  # the format's own reader agrees
+        assert all(torch.equal(file.get_tensor(name), t) for name, t in tensors.items())
+    stored, header = open_tensors(path, "test")
+    save_tensors(path, "test", {"bytes": torch.zeros(3)}, {"a": 2})
+    path.unlink()
+    assert header["a"] == 1
+    for name, t in tensors.items():
+        assert stored[name].shape == t.shape and stored[name].dtype == t.dtype
+        assert torch.equal(stored[name].read(), t) and torch.equal(copy.deepcopy(stored)[name].read(), t)
+    save_tensors(path, "test", stored, {})
+    assert all(torch.equal(t, tensors[name]) for name, t in load_tensors(path, "test")[0].items())
+
+
+def test_a_file_cut_short_after_it_was_opened_is_named(tmp_path):
+    path = tmp_path / "t"
+    save_tensors(path, "test", {"a": torch.randn(1000)}, {})
+    stored, _ = open_tensors(path, "test")
+    os.truncate(path, 2000)
+    with pytest.raises(OSError, match=r"/t was cut short after it was opened"):
+        stored["a"].read()

@@ -60,7 +60,7 @@ def test_report_prints_saves_and_warns_of_few_tokens(stats, tmp_path):
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_unusable_covariances_are_refused_by_name(stats, value):
-    stats.inputs[1].covariance.fill_(value)
+    stats.inputs[1].covariance = torch.full_like(stats.inputs[1].covariance, value)
     with pytest.raises(ValueError, match=f"layer {stats.inputs[1].layers[0]}: its covariance is zero or not finite"):
         inspect_statistics(stats, progress=False)
 

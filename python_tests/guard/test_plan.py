@@ -21,12 +21,17 @@ from guard_helpers import (
 
 import guardspace_kernels as gk
 from guardspace_kernels.guard.null_space import EmptyNullSpaceError
-from guardspace_kernels.guard.statistics import CalibrationStatistics
+from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 
 
 def altered(stats, index=0, **changes):
     """A copy of the statistics with one entry changed."""
-    inputs = [dataclasses.replace(e, **(changes if i == index else {})) for i, e in enumerate(stats.inputs)]
+    inputs = [
+        InputStatistics(e.layers, *(getattr(e, n) for n in ("covariance", "tokens", "sinks", "sink_tokens")))
+        for e in stats.inputs
+    ]
+    for name, value in changes.items():
+        setattr(inputs[index], name, value)
     return CalibrationStatistics(inputs, stats.fingerprint, stats.prompts)
 
 
@@ -263,8 +268,9 @@ def test_every_refusal_names_the_layer_and_what_to_change():
         plan_for(model, altered(stats, index=1, sinks=torch.full((1, 32), float("inf"))))
     with pytest.raises(ValueError, match=rf"layer {name}q_proj: no token was counted; .*longer prompts"):
         plan_for(model, collect(model, [batch_of([[5], [8]])]))
-    with pytest.raises(ValueError, match=rf"layer {name}q_proj: its statistics are \(5, 5\) but it reads 32 features"):
-        plan_for(model, altered(stats, covariance=torch.diag(torch.arange(5.0)), sinks=torch.empty(0, 5)), protect=0.5)
+    five = InputStatistics(stats.inputs[0].layers, torch.diag(torch.arange(5.0)), 9, torch.empty(0, 5), 0)
+    with pytest.raises(ValueError, match=rf"layer {name}q_proj: its statistics have 5 features but it reads 32"):
+        plan_for(model, CalibrationStatistics([five, *stats.inputs[1:]], stats.fingerprint, stats.prompts), protect=0.5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

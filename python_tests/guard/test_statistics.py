@@ -1,5 +1,5 @@
 import copy
-import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -324,6 +324,21 @@ def test_save_and_load(kind, tmp_path, monkeypatch):
         assert torch.equal(a.covariance, b.covariance) and torch.equal(a.sinks, b.sinks)
 
 
+def test_loaded_statistics_stay_in_the_file_and_can_be_changed_copied_and_pickled(tmp_path):
+    stats = collect(tiny_llama())
+    stats.save(tmp_path / "s")
+    loaded = gk.CalibrationStatistics.load(tmp_path / "s")
+    loaded.save(tmp_path / "s")  # onto the very file that it reads
+    (tmp_path / "s").unlink()
+    for other in (loaded, copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert all(torch.equal(a.covariance, b.covariance) for a, b in zip(stats.inputs, other.inputs, strict=True))
+    C = loaded.inputs[0].covariance
+    loaded.inputs[0].covariance = 2 * C
+    assert torch.equal(loaded.inputs[0].covariance, 2 * C)
+    loaded.inputs[0].covariance.zero_()
+    assert torch.equal(loaded.inputs[0].covariance, 2 * C)
+
+
 def test_load_refuses_other_files(tmp_path):
     path = tmp_path / "s.safetensors"
     with pytest.raises(FileNotFoundError, match="a calibration statistics file was expected"):
@@ -368,9 +383,7 @@ def test_for_layer_and_repr():
         stats.for_layer("v")
     counted = sum(map(len, PROMPTS)) - len(PROMPTS)
     assert repr(stats) == f"CalibrationStatistics(3 layers, 2 distinct inputs, 5 prompts, {counted} tokens)"
-    assert {f.name for f in dataclasses.fields(stats.inputs[0])} == {
-        "layers", "covariance", "tokens", "sinks", "sink_tokens"
-    }  # fmt: skip
+    assert vars(stats.inputs[0]).keys() == {"layers", "features", "triangle", "tokens", "sinks", "sink_tokens"}
 
 
 class LateReader(nn.Module):
