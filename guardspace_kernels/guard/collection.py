@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
+import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -23,10 +27,22 @@ from guardspace_kernels.guard.batches import (
     to_device,
     with_answers,
 )
-from guardspace_kernels.guard.files import load_tensors, save_tensors
+from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tensors
 from guardspace_kernels.guard.layers import ModelFingerprint, find_layers, linear_weight, tensor_fingerprint
+from guardspace_kernels.guard.passes import (
+    CollectionPlan,
+    LayerInput,
+    Replay,
+    blocks_of,
+    output_of,
+    parse_bytes,
+    plan_passes,
+)
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics, distinct, packed, unpacked
 from guardspace_kernels.nn import CovarianceAccumulator
+
+_NO_PROMPT = "batches is empty: at least one prompt is needed"
+_OUTPUT = "the output for the next pass"  # among names of layers, which have no spaces
 
 
 class _Input:
@@ -34,7 +50,6 @@ class _Input:
 
     def __init__(self, features: int, dtype: torch.dtype, device: torch.device, batch: int) -> None:
         self.layers: list[str] = []
-        self.features = features
         self.first_batch = batch
         self.accumulator = CovarianceAccumulator(features, dtype, device)
         self.sinks = torch.empty(0, features, dtype=dtype, device=device)
@@ -43,10 +58,14 @@ class _Input:
         self.tensor: weakref.ref[torch.Tensor] | None = None
         self.version = 0
 
+    def triangle(self) -> StoredTensor:
+        """Of the covariance, made when it is written."""
+        C = self.accumulator.lower
+        return StoredTensor(C.dtype, (len(C) * (len(C) + 1) // 2,), lambda: packed(C).cpu())
+
     def statistics(self) -> InputStatistics:
         """What was collected; frees the accumulator."""
-        triangle = packed(self.accumulator.lower).cpu()
-        tokens = int(self.accumulator.tokens)
+        triangle, tokens = self.triangle().read(), int(self.accumulator.tokens)
         del self.accumulator
         return InputStatistics(self.layers, triangle, tokens, self.sinks, self.sink_tokens)
 
@@ -57,6 +76,10 @@ class _Input:
 
 def _version(x: torch.Tensor) -> int:
     return 0 if x.is_inference() else x._version
+
+
+class _EnoughError(Exception):
+    """Raised in a hook: nothing more of this forward is wanted."""
 
 
 class _Collector:
@@ -71,6 +94,7 @@ class _Collector:
         self.mask = torch.empty(0)
         self.first = torch.empty(0)
         self.batch = 0
+        self.waiting: set[str] = set()  # what a forward is run for; empty: let it end by itself
 
     @contextmanager
     def counting(self, mask: torch.Tensor) -> Iterator[None]:
@@ -88,8 +112,16 @@ class _Collector:
             if not args:
                 raise TypeError(f"layer {name} is called with keywords alone; leave it out of target_modules")
             self.see(name, args[0])
+            self.arrived(name)
 
         return hook
+
+    def arrived(self, name: str) -> None:
+        """Ends the forward if it was the last thing to wait for."""
+        if name in self.waiting:
+            self.waiting.remove(name)
+            if not self.waiting:
+                raise _EnoughError
 
     def see(self, name: str, x: torch.Tensor) -> None:
         mine = self.input_of.get(name)
@@ -98,7 +130,7 @@ class _Collector:
             mine = next((i for i in self.inputs if i.first_batch == self.batch and i.read(x)), None)
             fresh = mine is None
             if mine is None:
-                mine = _Input(x.shape[-1], self.dtype, x.device, self.batch)
+                mine = self.begin(x)
                 self.inputs.append(mine)
             mine.layers.append(name)
             self.input_of[name] = mine
@@ -111,6 +143,9 @@ class _Collector:
                 f"layer {name} read the same tensor as {mine.layers[0]} in the first batch but another one now; "
                 "collect the two in separate calls (target_modules=...)"
             )
+
+    def begin(self, x: torch.Tensor) -> _Input:
+        return _Input(x.shape[-1], self.dtype, x.device, self.batch)
 
     def update(self, name: str, mine: _Input, x: torch.Tensor) -> None:
         mine.tensor, mine.version = weakref.ref(x), _version(x)
@@ -177,10 +212,11 @@ class _Checkpoint:
         return True
 
     def add(self, batch: Batch, prompts: int, save: bool) -> None:
+        self.prompts += prompts
         if self.path is None:
             return
         self.batches.append(_batch_hash(batch))
-        self.prompts, self.saved = prompts, save
+        self.saved = save
         if save:
             self._save(self.path)
 
@@ -193,6 +229,15 @@ class _Checkpoint:
         if self.path is not None and not self.saved:
             self._save(self.path)
 
+    def statistics(self) -> list[InputStatistics]:
+        """What is in the file, left there."""
+        assert self.path is not None
+        tensors, header = open_tensors(self.path, self.KIND)
+        return [
+            InputStatistics(names, tensors[f"{i}.covariance"], tokens, tensors[f"{i}.sinks"].read(), sink_tokens)
+            for i, (names, tokens, sink_tokens, _) in enumerate(header["inputs"])
+        ]
+
     def _name(self) -> str:
         assert self.path is not None
         return f"the checkpoint {os.fspath(self.path)}"
@@ -201,10 +246,10 @@ class _Checkpoint:
         return "give the arguments of the first call, or another checkpoint file"
 
     def _save(self, path: str | os.PathLike[str]) -> None:
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor | StoredTensor] = {}
         inputs = []
         for i, one in enumerate(self.collector.inputs):
-            tensors[f"{i}.covariance"], tensors[f"{i}.sinks"] = packed(one.accumulator.lower), one.sinks
+            tensors[f"{i}.covariance"], tensors[f"{i}.sinks"] = one.triangle(), one.sinks
             tokens = int(one.accumulator.tokens)
             inputs.append([one.layers, tokens, one.sink_tokens, one.first_batch])
         header = {
@@ -217,18 +262,18 @@ class _Checkpoint:
         save_tensors(path, self.KIND, tensors, header)
 
     def _load(self, path: str | os.PathLike[str]) -> None:
-        tensors, header = load_tensors(path, self.KIND)
+        tensors, header = open_tensors(path, self.KIND)
         if header["options"] != self.options:
             raise ValueError(
                 f"{self._name()} was made with {header['options']}, this call has {self.options}; {self._advice()}"
             )
         self.fingerprint.check(ModelFingerprint(**header["fingerprint"]), f"the statistics in {self._name()}")
         for i, (names, tokens, sink_tokens, first_batch) in enumerate(header["inputs"]):
-            lower, sinks = tensors[f"{i}.covariance"], tensors[f"{i}.sinks"]
+            sinks = tensors[f"{i}.sinks"].read()
             device = linear_weight(self.collector.layers[names[0]]).device
             one = _Input(sinks.shape[1], sinks.dtype, device, first_batch)
             one.layers, one.sinks, one.sink_tokens = names, sinks.to(device), sink_tokens
-            one.accumulator.lower.copy_(unpacked(lower))
+            one.accumulator.lower.copy_(unpacked(tensors[f"{i}.covariance"].read()))
             one.accumulator.tokens.fill_(tokens)
             self.collector.inputs.append(one)
             self.collector.input_of.update(dict.fromkeys(names, one))
@@ -244,6 +289,117 @@ def _batch_hash(batch: Batch) -> str:
     return digest.hexdigest()[:32]
 
 
+class _Scout(_Collector):
+    """Sees in one forward which layers read which tensor, and between which blocks; accumulates nothing."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], blocks: Sequence[nn.Module]) -> None:
+        super().__init__(layers, torch.float32, False)
+        self.blocks = blocks
+        self.called: list[str] = []
+        self.begun: list[int] = []
+        self.results: list[torch.Tensor | None] = []
+        self.after: dict[str, int] = {}
+        self.read: dict[str, torch.Tensor] = {}  # by the layers of the second half of the blocks
+
+    @contextmanager
+    def counting(self, mask: torch.Tensor) -> Iterator[None]:
+        handles = []
+        for i, block in enumerate(self.blocks):
+            handles.append(block.register_forward_pre_hook(lambda _module, _args, i=i: self.begun.append(i)))
+            handles.append(
+                block.register_forward_hook(lambda _module, _args, result: self.results.append(output_of(result)))
+            )
+        try:
+            with super().counting(mask):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def see(self, name: str, x: torch.Tensor) -> None:
+        self.called.append(name)
+        self.after.setdefault(name, len(self.results))
+        if self.blocks and len(self.results) >= len(self.blocks) // 2:
+            self.read[name] = x.clone()
+        super().see(name, x)
+
+    def begin(self, x: torch.Tensor) -> _Input:
+        return _Input(0, self.dtype, x.device, self.batch)
+
+    def update(self, name: str, mine: _Input, x: torch.Tensor) -> None:
+        mine.tensor, mine.version = weakref.ref(x), _version(x)
+
+    def layer_inputs(self) -> list[LayerInput]:
+        """In the order of the model; layers that were not reached are each on their own, at the end."""
+        groups = [one.layers for one in self.inputs] + [[name] for name in self.layers if name not in self.after]
+        return [
+            LayerInput(tuple(g), linear_weight(self.layers[g[0]]).shape[1], self.after.get(g[0], 0)) for g in groups
+        ]
+
+
+def _scouted(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
+) -> tuple[list[LayerInput], Replay | None, int, bool]:
+    """(distinct inputs, replay, bytes of a block's output per token, whether a forward may be left early)."""
+    blocks = blocks_of(model, list(layers))
+    mask = checked_mask(batch, 0)
+    scout = _Scout(layers, blocks)
+    replay = Replay(blocks)
+    replay.begin(0, len(blocks) // 2)
+    # Sharded modules run collectives that every process must reach.
+    sharded = any(hasattr(module, "unshard") for module in model.modules())
+    with replay.run(0), scout.counting(mask):
+        forward_batch(model, batch)
+    once = sorted(scout.called) == sorted(layers) and not sharded
+    in_order = len(blocks) > 1 and scout.begun == list(range(len(blocks)))
+    results = [result for result in scout.results if result is not None]
+    if not (once and in_order and len(results) == len(blocks)):
+        return scout.layer_inputs(), None, 0, once
+    # What the second half of the blocks reads may depend on the first half through its output only. In between the
+    # model sees the prompts reversed, so that whatever else the first half leaves behind is wrong.
+    if "input_ids" in batch:
+        forward_batch(model, {**batch, "input_ids": batch["input_ids"].flip(1)})
+    replay.begin(len(blocks) // 2, len(blocks) // 2)
+    again = _Scout(layers, blocks)
+    with replay.run(0), again.counting(mask):
+        forward_batch(model, batch)
+    same = again.read.keys() == scout.read.keys() and all(torch.equal(again.read[n], x) for n, x in scout.read.items())
+    per_token = results[0].nbytes // mask.numel()
+    return scout.layer_inputs(), Replay(blocks) if same else None, per_token, once
+
+
+def plan_collection(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    target_modules: str | Sequence[str] = "all-linear",
+    *,
+    answer_tokens: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_memory: int | str | None = None,
+) -> CollectionPlan:
+    """What :func:`collect_statistics` would do with these arguments, from a forward of the first batch."""
+    with evaluating(model):
+        return _planned(model, find_layers(model, target_modules), batches, answer_tokens, dtype, max_memory)[0]
+
+
+def _planned(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    answer_tokens: int,
+    dtype: torch.dtype,
+    max_memory: int | str | None,
+) -> tuple[CollectionPlan, Replay | None, bool]:
+    budget = parse_bytes("max_memory", max_memory)
+    if not batches:
+        raise ValueError(_NO_PROMPT)
+    tokens = sum(mask.shape[0] * (mask.shape[1] + answer_tokens) for mask in map(checked_mask, batches, count()))
+    check_ids(model, batches[0], 0)
+    inputs, replay, per_token, once = _scouted(model, layers, to_device(model, batches[0]))
+    plan = plan_passes(inputs, dtype, budget, per_token * tokens if replay else None)
+    return plan, replay if plan.replay else None, once
+
+
 def collect_statistics(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -255,6 +411,7 @@ def collect_statistics(
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 1,
+    max_memory: int | str | None = None,
 ) -> CalibrationStatistics:
     """One pass over safety-triggering prompts: ``C = Xᵀ X`` of the input of every guarded layer.
 
@@ -277,6 +434,11 @@ def collect_statistics(
         checkpoint: a file that holds the state after every ``checkpoint_every`` batches (the size of the statistics
             themselves, so choose a larger number for a large model). If it exists, those batches are not run again:
             the same call with the same batches goes on, and ends with the same bits as an uninterrupted one.
+        max_memory: bytes, or a text such as "4GB", that the covariances may take while they are accumulated. What does
+            not fit waits for further passes, which start from the outputs of the block where the last one ended if the
+            model is a plain chain of blocks, else from the beginning; all batches are then held in memory. Finished
+            triangles go into files: beside the checkpoint, as ``checkpoint.0``, ``.1``..., or deleted ones in the
+            folder for temporary files (``TMPDIR``). The plan is shown before; the bits are those of a single pass.
 
     Returns:
         :class:`CalibrationStatistics`.
@@ -295,31 +457,65 @@ def collect_statistics(
         raise ValueError(f"checkpoint_every must be 1 or more, got {checkpoint_every}")
     layers = find_layers(model, target_modules)
     fingerprint = ModelFingerprint.of(model, list(layers))
-    options = {
-        "answer_tokens": answer_tokens, "separate_sink": separate_sink, "dtype": str(dtype), "layers": len(layers)
-    }  # fmt: skip
-    collector = _Collector(layers, dtype, separate_sink)
-    state = _Checkpoint(checkpoint, collector, fingerprint, options)
-    prompts, index = state.prompts, -1
-    with evaluating(model):
-        for index, raw in enumerate(tqdm(batches, desc="statistics", unit="batch", disable=not progress)):
-            checked_mask(raw, index)
-            check_ids(model, raw, index)
-            if state.has(index, raw):
-                continue
-            batch = to_device(model, raw)
-            if answer_tokens:
-                batch = with_answers(model, batch, answer_tokens)
-            with collector.counting(checked_mask(batch, index)):
-                forward_batch(model, batch)
-            collector.end_batch()
-            prompts += collector.mask.shape[0]
-            state.add(raw, prompts, save=(index + 1) % checkpoint_every == 0)
-    state.end(index + 1)
-    if prompts == 0:
-        raise ValueError("batches is empty: at least one prompt is needed")
-    unseen = [name for name in layers if name not in collector.input_of]
-    if unseen:
-        raise ValueError(f"layer {unseen[0]} was never reached by the forward pass; leave it out of target_modules")
-    inputs = [i.statistics() for i in collector.inputs]
+    options = {"answer_tokens": answer_tokens, "separate_sink": separate_sink, "dtype": str(dtype)}
+    passes, replay, once = [list(layers)], None, False
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        if max_memory is not None:
+            batches = list(batches)
+            plan, replay, once = _planned(model, layers, batches, answer_tokens, dtype, max_memory)
+            passes = [[name for one in part for name in one.layers] for part in plan.passes]
+            starts = [min(one.after for one in part) for part in plan.passes]
+            if progress:
+                tqdm.write(f"statistics: {plan}", file=sys.stderr)
+        several = len(passes) > 1
+        if several and checkpoint is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="guardspace-"))
+        inputs: list[InputStatistics] = []
+        answered: dict[int, Batch] = {}
+        prompts = 0
+        for number, names in enumerate(passes):
+            collector = _Collector({name: layers[name] for name in names}, dtype, separate_sink)
+            path, every = checkpoint, checkpoint_every
+            if several and checkpoint is None:
+                path, every = os.path.join(folder, str(number)), sys.maxsize
+            elif several and checkpoint is not None:
+                path = f"{os.fspath(checkpoint)}.{number}"
+            state = _Checkpoint(
+                path, collector, fingerprint, {**options, "layers": f"{len(names)} from {names[0]} to {names[-1]}"}
+            )
+            if replay:
+                replay.begin(starts[number], starts[min(number + 1, len(passes) - 1)])
+            index = -1
+            label = f"statistics {number + 1}/{len(passes)}" if several else "statistics"
+            for index, raw in enumerate(tqdm(batches, desc=label, unit="batch", disable=not progress)):
+                checked_mask(raw, index)
+                check_ids(model, raw, index)
+                if state.has(index, raw):
+                    continue
+                batch = answered.get(index) or to_device(model, raw)
+                if answer_tokens and index not in answered:
+                    batch = with_answers(model, batch, answer_tokens)
+                    if several:
+                        answered[index] = batch
+                with ExitStack() as running:
+                    running.enter_context(collector.counting(checked_mask(batch, index)))
+                    if replay:
+                        running.enter_context(replay.run(index, partial(collector.arrived, _OUTPUT)))
+                    if several and once:
+                        collector.waiting = {*names, _OUTPUT} if replay and replay.keeps else set(names)
+                        running.enter_context(suppress(_EnoughError))
+                    forward_batch(model, batch)
+                collector.end_batch()
+                state.add(raw, collector.mask.shape[0], save=(index + 1) % every == 0)
+            state.end(index + 1)
+            prompts = state.prompts
+            if prompts == 0:
+                raise ValueError(_NO_PROMPT)
+            unseen = [name for name in names if name not in collector.input_of]
+            if unseen:
+                raise ValueError(
+                    f"layer {unseen[0]} was never reached by the forward pass; leave it out of target_modules"
+                )
+            inputs += state.statistics() if several else [one.statistics() for one in collector.inputs]
     return CalibrationStatistics(inputs, fingerprint, prompts)

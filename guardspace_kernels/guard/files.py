@@ -7,6 +7,8 @@ import math
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +39,21 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_atomic(path, write)
 
 
+@dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in an open file; ``read`` it as often as needed. The file may be renamed or deleted meanwhile."""
+    """A tensor that is not in memory until ``read``."""
 
-    def __init__(self, file: _OpenFile, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> None:
-        self.dtype, self.shape = dtype, shape
-        self._file, self._offset = file, offset
-
-    def read(self) -> torch.Tensor:
-        t = torch.empty(self.shape, dtype=self.dtype)
-        self._file.read_into(t.reshape(-1).view(torch.uint8), self._offset)
-        return t
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
 
     def __deepcopy__(self, _memo: Any) -> StoredTensor:
-        return self  # it never changes
+        return self
 
 
 class _OpenFile:
+    """It may be renamed or deleted meanwhile."""
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # open as long as a tensor of it is wanted
         self._lock = threading.Lock()
@@ -63,8 +63,9 @@ class _OpenFile:
         length = int.from_bytes(self._file.read(8), "little")
         return json.loads(self._file.read(length)), 8 + length
 
-    def read_into(self, data: torch.Tensor, offset: int) -> None:
-        view = data.numpy().data
+    def read(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:
+        t = torch.empty(shape, dtype=dtype)
+        view = t.reshape(-1).view(torch.uint8).numpy().data
         with self._lock:
             self._file.seek(offset)
             while view:
@@ -72,6 +73,7 @@ class _OpenFile:
                 if not count:
                     raise OSError(f"{self._file.name} was cut short after it was opened")
                 view = view[count:]
+        return t
 
     def __del__(self) -> None:
         self._file.close()
@@ -132,10 +134,10 @@ def open_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Sto
         )
     entries, begin = file.header()
     del entries["__metadata__"]
-    tensors = {
-        name: StoredTensor(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), begin + entry["data_offsets"][0])
-        for name, entry in entries.items()
-    }
+    tensors = {}
+    for name, entry in entries.items():
+        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        tensors[name] = StoredTensor(dtype, shape, partial(file.read, dtype, shape, begin + entry["data_offsets"][0]))
     return tensors, header
 
 

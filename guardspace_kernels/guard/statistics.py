@@ -42,20 +42,24 @@ class InputStatistics:
         self.layers, self.tokens, self.sink_tokens = layers, tokens, sink_tokens
         self.sinks = sinks.cpu()
         self.features = sinks.shape[1]
-        self.triangle = covariance
+        self.stored = covariance
         if isinstance(covariance, torch.Tensor) and covariance.dim() == 2:
             self.covariance = covariance
 
+    def triangle(self) -> torch.Tensor:
+        """The lower triangle of C, (d (d + 1) / 2,)."""
+        return self.stored.read() if isinstance(self.stored, StoredTensor) else self.stored
+
     @property
     def covariance(self) -> torch.Tensor:
-        return unpacked(self.triangle.read() if isinstance(self.triangle, StoredTensor) else self.triangle)
+        return unpacked(self.triangle())
 
     @covariance.setter
     def covariance(self, C: torch.Tensor) -> None:
-        self.triangle = packed(C).cpu()
+        self.stored = packed(C).cpu()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return InputStatistics, (self.layers, self.covariance, self.tokens, self.sinks, self.sink_tokens)
+        return InputStatistics, (self.layers, self.triangle(), self.tokens, self.sinks, self.sink_tokens)
 
 
 @dataclass
@@ -96,7 +100,7 @@ class CalibrationStatistics:
             merged.append(
                 InputStatistics(
                     list(a.layers),
-                    packed(a.covariance + b.covariance),
+                    a.triangle() + b.triangle(),
                     a.tokens + b.tokens,
                     _union([a.sinks, b.sinks]),
                     a.sink_tokens + b.sink_tokens,
@@ -126,7 +130,7 @@ class CalibrationStatistics:
         prompts, *rest = counts.tolist()
         reduced = []
         for i, entry in enumerate(self.inputs):
-            triangle = packed(entry.covariance).to(device)
+            triangle = entry.triangle().to(device, copy=True)
             dist.all_reduce(triangle, group=group)
             sinks = _union([theirs[i] for *_, theirs in gathered])
             reduced.append(InputStatistics(list(entry.layers), triangle.cpu(), rest[2 * i], sinks, rest[2 * i + 1]))
@@ -137,7 +141,7 @@ class CalibrationStatistics:
         tensors: dict[str, torch.Tensor | StoredTensor] = {}
         inputs = []
         for i, entry in enumerate(self.inputs):
-            tensors[f"{i}.covariance"], tensors[f"{i}.sinks"] = entry.triangle, entry.sinks
+            tensors[f"{i}.covariance"], tensors[f"{i}.sinks"] = entry.stored, entry.sinks
             inputs.append({"layers": entry.layers, "tokens": entry.tokens, "sink_tokens": entry.sink_tokens})
         header = {
             "prompts": self.prompts,

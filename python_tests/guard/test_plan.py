@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from guard_helpers import (
 )
 
 import guardspace_kernels as gk
+from guardspace_kernels.guard import plan as plan_module
 from guardspace_kernels.guard.null_space import EmptyNullSpaceError
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 
@@ -392,3 +394,31 @@ def test_planning_changes_nothing_and_leaves_the_thread_count(capsys):
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     assert torch.get_num_threads() == threads
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("budget", [1, "1MB", None])
+def test_solves_keep_to_a_memory_budget(budget, monkeypatch):
+    model, running, most = tiny_llama(), [], [0]
+    stats = collect(model)
+    whole = plan_for(model, stats)
+    null_space = plan_module.null_space
+
+    def watched(covariance, *args, **kwargs):
+        running.append(len(covariance))
+        most[0] = max(most[0], len(running))
+        time.sleep(0.02)
+        result = null_space(covariance, *args, **kwargs)
+        running.pop()
+        return result
+
+    monkeypatch.setattr(plan_module, "null_space", watched)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        plan = gk.plan_guard(model, stats, whole.config, progress=False, max_memory=budget)
+    finally:
+        torch.set_num_threads(threads)
+    assert plan.fingerprint == whole.fingerprint
+    assert most[0] == (1 if budget == 1 else 4 if budget is None else most[0])
+    with pytest.raises(ValueError, match='max_memory must be a number of bytes such as "4GB"'):
+        gk.plan_guard(model, stats, max_memory="much")

@@ -1,0 +1,205 @@
+"""Collection under a memory budget: which inputs in which pass, and passes that start where the last one ended."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(name: str, size: int | str | None) -> int | None:
+    """4_000_000_000, "4GB" or "3.5GiB" -> bytes; ValueError that names the argument."""
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?i?B)?\s*", str(size), re.IGNORECASE)
+    unit = _UNITS.get((match[2] or "").upper()) if match else None
+    try:
+        number = float(match[1]) * unit if match and unit else 0.0
+    except ValueError:
+        number = 0.0
+    if number < 1:
+        raise ValueError(f'{name} must be a number of bytes such as "4GB" or "512MiB", got {size!r}')
+    return int(number)
+
+
+def show_bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """A tensor that one or more layers read; ``after`` is how many blocks had ended when the first one read it."""
+
+    layers: tuple[str, ...]
+    features: int
+    after: int
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Of its covariance, while it is accumulated."""
+        return self.features**2 * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class CollectionPlan:
+    """How :func:`guardspace_kernels.collect_statistics` will go about it.
+
+    Attributes:
+        passes: the inputs that each pass accumulates.
+        replay: whether a pass starts from the outputs of the block where the one before ended. Otherwise every pass
+            begins at the first block.
+        whole_bytes: covariances of all inputs at once. stored_bytes: the same as triangles, in a file.
+        live_bytes: the most that covariances, one triangle and the outputs kept for the next pass take at once.
+    """
+
+    passes: list[list[LayerInput]]
+    replay: bool
+    whole_bytes: int
+    stored_bytes: int
+    live_bytes: int
+
+    def __str__(self) -> str:
+        text = (
+            f"{sum(map(len, self.passes))} distinct inputs, {show_bytes(self.stored_bytes)} as a file, "
+            f"{show_bytes(self.live_bytes)} of memory, "
+        )
+        if len(self.passes) == 1:
+            return text + "one pass"
+        how = "each block runs about once" if self.replay else "each from the model's first block"
+        return text + f"{len(self.passes)} passes instead of {show_bytes(self.whole_bytes)}, {how}"
+
+
+def plan_passes(
+    inputs: Sequence[LayerInput], dtype: torch.dtype, budget: int | None, output_bytes: int | None
+) -> CollectionPlan:
+    """Packs the inputs, in the model's order, into as few passes as a budget in bytes allows.
+
+    Args:
+        output_bytes: of one block's outputs for all prompts, or None where they cannot be replayed. They are kept if
+            they take at most a quarter of the budget.
+
+    Raises:
+        ValueError: the widest input alone does not fit; the message names it and says what would do.
+    """
+    sizes = [one.bytes(dtype) for one in inputs]
+    triangles = [one.features * (one.features + 1) // 2 * dtype.itemsize for one in inputs]
+    whole, stored = sum(sizes), sum(triangles)
+    # At the end every covariance in turn becomes a triangle.
+    at_once = whole + max(triangles)
+    if budget is None or at_once <= budget:
+        return CollectionPlan([list(inputs)], False, whole, stored, at_once)
+    replay = output_bytes is not None and output_bytes <= budget // 4
+    kept = output_bytes if replay and output_bytes is not None else 0
+    available = budget - kept - max(triangles)
+    if max(sizes) > available:
+        widest = inputs[sizes.index(max(sizes))]
+        raise ValueError(
+            f"max_memory is {show_bytes(budget)}, but the input of layer {widest.layers[0]} with {widest.features} "
+            f"features needs {show_bytes(max(sizes) + max(triangles) + kept)} alone; give that much or leave it out"
+        )
+    passes: list[list[LayerInput]] = []
+    filled = most = 0
+    for one, size in zip(inputs, sizes, strict=True):
+        if not passes or filled + size > available:
+            passes.append([])
+            filled = 0
+        passes[-1].append(one)
+        filled += size
+        most = max(most, filled)
+    return CollectionPlan(passes, replay, whole, stored, most + max(triangles) + kept)
+
+
+def blocks_of(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
+    """The modules of the list that holds most of the layers: a transformer's blocks; empty if there is none."""
+    best: tuple[int, list[nn.Module]] = (0, [])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            inside = sum(layer.startswith(f"{name}.") for layer in layers)
+            best = max(best, (inside, list(module)), key=lambda pair: pair[0])  # the outermost of equals
+    return best[1]
+
+
+def output_of(result: Any) -> torch.Tensor | None:
+    """The hidden states that a block returned, alone or as the only entry of a tuple."""
+    if isinstance(result, tuple) and len(result) == 1:
+        result = result[0]
+    return result if isinstance(result, torch.Tensor) else None
+
+
+class Replay:
+    """Runs of a model that begin behind a block, with what it returned for the same batch in an earlier run.
+
+    The model's own forward calls every block, so that masks and positions are as ever; blocks that have been done
+    return at once.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self.blocks = blocks
+        self.done = self.next = 0
+        self._outputs: dict[int, Any] = {}  # by batch, of block ``done − 1``
+        self._kept: dict[int, Any] = {}  # the same for ``next − 1``
+
+    def begin(self, done: int, following: int) -> None:
+        """Of the runs to come the first ``done`` blocks need not run, and of those after them the first
+        ``following``."""
+        if done == self.next and done != self.done:
+            self._outputs, self._kept = self._kept, {}
+        self.done, self.next = done, following
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a run has an output to keep for those after it."""
+        return self.next > self.done
+
+    @contextmanager
+    def run(self, batch: int, kept: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Within, the model runs on that batch; ``kept`` is called when its output is kept."""
+        with ExitStack() as stack:
+            if batch in self._outputs:
+                stack.enter_context(self._skipping(_copied(self._outputs[batch])))
+            if self.keeps:
+
+                def keep(_module: nn.Module, _args: Any, result: Any) -> None:
+                    self._kept[batch] = _copied(result)
+                    kept()
+
+                handle = self.blocks[self.next - 1].register_forward_hook(keep)
+                stack.callback(handle.remove)
+            yield
+        if self.keeps:
+            self._outputs.pop(batch, None)
+
+    @contextmanager
+    def _skipping(self, result: Any) -> Iterator[None]:
+        def passed(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden,) if isinstance(result, tuple) else hidden
+
+        skipped = self.blocks[: self.done]
+        before = [block.__dict__.get("forward") for block in skipped]  # accelerate, too, puts one there
+        try:
+            for block in skipped:
+                block.__dict__["forward"] = passed
+            skipped[-1].__dict__["forward"] = lambda *args, **kwargs: result
+            yield
+        finally:
+            for block, forward in zip(skipped, before, strict=True):
+                if forward is None:
+                    del block.__dict__["forward"]
+                else:
+                    block.__dict__["forward"] = forward
+
+
+def _copied(result: Any) -> Any:
+    """A model may add to a block's output in place."""
+    return (_copied(result[0]),) if isinstance(result, tuple) else result.clone()

@@ -1,0 +1,228 @@
+"""Collection under a memory budget: the bits of a single pass, within the budget, each block run about once."""
+
+import weakref
+
+import pytest
+import torch
+from guard_helpers import PROMPTS, PlainModel, batch_of, collect, tiny_gpt2, tiny_llama
+from test_interrupted_statistics import Stop, assert_same_bits
+from test_statistics import LateReader
+
+import guardspace_kernels as gk
+from guardspace_kernels.guard import collection
+from guardspace_kernels.guard.collection import plan_collection
+from guardspace_kernels.guard.passes import LayerInput, parse_bytes, plan_passes
+
+BATCHES = [batch_of(PROMPTS[i : i + 2], side) for side in ("right", "left") for i in range(0, 5, 2)]
+BUDGET = {"llama": 40_000, "gpt2": 80_000, "plain": 650}  # two or more passes each
+
+
+def deep_llama(**config):
+    return tiny_llama(num_hidden_layers=4, **config)
+
+
+MODELS = {"llama": deep_llama, "gpt2": tiny_gpt2, "plain": PlainModel}
+
+
+@pytest.fixture
+def live(monkeypatch):
+    """The most bytes that accumulators have held at once."""
+    alive, most = weakref.WeakSet(), [0]
+
+    class Counted(collection.CovarianceAccumulator):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.add(self)
+            most[0] = max(most[0], sum(one.lower.nbytes for one in alive))
+
+    monkeypatch.setattr(collection, "CovarianceAccumulator", Counted)
+    return most
+
+
+def attention_calls(model, run):
+    """How often each block's attention ran."""
+    calls = [0] * len(model.model.layers)
+
+    def count(i):
+        calls[i] += 1
+
+    handles = [
+        block.self_attn.register_forward_pre_hook(lambda *_, i=i: count(i))
+        for i, block in enumerate(model.model.layers)
+    ]
+    run()
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float64}, {"separate_sink": False}])
+def test_the_bits_of_a_single_pass_within_the_budget(kind, options, live, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    budget = BUDGET[kind] * (2 if "dtype" in options else 1)
+    whole = collect(MODELS[kind](), BATCHES, **options)
+    assert live[0] > budget
+    live[0] = 0
+    parts = collect(MODELS[kind](), iter(BATCHES), max_memory=budget, **options)
+    assert 0 < live[0] <= budget
+    assert_same_bits(parts, whole)
+    assert parts.prompts == whole.prompts and parts.fingerprint == whole.fingerprint
+    assert not list(tmp_path.glob("guardspace-*"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_answers_are_generated_once(kind, monkeypatch):
+    whole = collect(MODELS[kind](), BATCHES, answer_tokens=3)
+    generated, generate = [], collection.with_answers
+    monkeypatch.setattr(collection, "with_answers", lambda *args: generated.append(1) or generate(*args))
+    assert_same_bits(collect(MODELS[kind](), BATCHES, answer_tokens=3, max_memory=BUDGET[kind]), whole)
+    assert len(generated) == len(BATCHES)
+
+
+def test_each_block_runs_once_where_the_model_is_a_chain():
+    model = deep_llama()
+    block = 3 * 32**2 + 48**2  # q/k/v, o, gate/up, down
+    batches = BATCHES[:3]
+    outputs = 4 * 32 * sum(batch["input_ids"].numel() for batch in batches)
+    budget = 4 * (block + 48 * 49 // 2) + outputs
+    plan = plan_collection(model, batches, max_memory=budget)
+    assert [[one.after for one in part] for part in plan.passes] == [[i] * 4 for i in range(4)] and plan.replay
+    n = len(batches)
+    calls = attention_calls(model, lambda: collect(model, batches, max_memory=budget))
+    assert calls == [n + 2, n + 2, n + 3, n + 3]  # and forwards of the first batch that show the structure
+    assert "4 passes instead of" in str(plan) and "each block runs about once" in str(plan)
+    # Without room for the outputs: from the beginning, but no further than needed.
+    batches = 3 * BATCHES
+    tight = plan_collection(model, batches, max_memory=budget)
+    assert not tight.replay and len(tight.passes) == 4 and "from the model's first block" in str(tight)
+    n = len(batches)
+    calls = attention_calls(model, lambda: collect(model, batches, max_memory=budget))
+    reach = [part[-1].after for part in tight.passes]
+    assert calls == [n * sum(last >= i for last in reach) + (2 if i < 2 else 3) for i in range(4)]
+    assert attention_calls(model, lambda: collect(model, batches)) == [n] * 4
+
+
+class Gossip(torch.nn.Module):
+    """A block that also reads what the one before left in an attribute."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.before, self.linear, self.said = [before] if before else [], torch.nn.Linear(32, 32), None
+
+    def forward(self, x):
+        heard = self.before[0].said if self.before else 0
+        self.said = torch.tanh(self.linear(x))
+        return x + self.said + heard
+
+
+class Chain(torch.nn.Module):
+    def __init__(self, gossip=False, in_place=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(60, 32)
+        blocks = []
+        for _ in range(4):
+            blocks.append(Gossip(blocks[-1] if blocks and gossip else None))
+        self.blocks = torch.nn.ModuleList(blocks)
+        self.in_place = in_place
+
+    def forward(self, input_ids, attention_mask=None):
+        h = self.embed(input_ids)
+        for block in self.blocks:
+            h = block(h)
+            if self.in_place:
+                h *= 1.5
+        return h
+
+
+SHORT = [batch_of([[5, 13, 2], [8, 4, 1]]), batch_of([[7, 3, 9], [1, 4, 8]])]
+
+
+@pytest.mark.parametrize("options", [{"gossip": True}, {"in_place": True}, {}])
+def test_blocks_that_talk_behind_their_outputs_are_not_replayed(options):
+    whole = collect(Chain(**options), SHORT)
+    budget = 4 * (32 * 32 + 32 * 33 // 2 + 2 * 6 * 32)  # one input, one triangle, all outputs
+    plan = plan_collection(Chain(**options), SHORT, max_memory=budget)
+    assert len(plan.passes) == 4 and plan.replay == ("gossip" not in options)
+    assert_same_bits(collect(Chain(**options), SHORT, max_memory=budget), whole)
+
+
+def test_layers_that_the_first_batch_does_not_reach():
+    batches = [{"input_ids": torch.randint(0, 20, (2, 5))} for _ in range(3)]
+    model = LateReader()
+    whole = collect(model, batches)
+    model.calls = 0
+    parts = collect(model, batches, max_memory=4 * (36 + 21))
+    assert parts.for_layer("early").tokens == 3 * 2 * 4
+    assert torch.equal(parts.for_layer("early").covariance, whole.for_layer("early").covariance)
+    assert parts.for_layer("late").tokens >= 2 * 2 * 4  # its pass finds it reached from its first batch on
+
+
+@pytest.mark.parametrize("stop_at", range(0, 18, 4))
+def test_interrupted_in_any_pass_and_resumed(stop_at, tmp_path, monkeypatch):
+    model, seen = deep_llama(), []
+    end_batch = collection._Collector.end_batch
+
+    def stopping(self):
+        seen.append(1)
+        if len(seen) == stop_at + 1:
+            raise Stop
+        end_batch(self)
+
+    monkeypatch.setattr(collection._Collector, "end_batch", stopping)
+    options = {"max_memory": BUDGET["llama"], "checkpoint": tmp_path / "c", "answer_tokens": 2}
+    with pytest.raises(Stop):
+        collect(model, BATCHES, **options)
+    resumed = collect(model, BATCHES, **options)
+    passes = len(plan_collection(model, BATCHES, answer_tokens=2, max_memory=BUDGET["llama"]).passes)
+    assert len(seen) == passes * len(BATCHES) + 1  # one batch was run again
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"c.{i}" for i in range(passes)]
+    assert_same_bits(resumed, collect(model, BATCHES, answer_tokens=2))
+    with pytest.raises(ValueError, match=r"checkpoint .*c\.0 was made with"):
+        collect(model, BATCHES, **{**options, "max_memory": 1.5 * BUDGET["llama"]})
+
+
+@pytest.mark.parametrize("where", ["model.layers.1.mlp", "lm_head"])
+def test_the_model_is_left_as_it_was_when_a_pass_fails(where, monkeypatch):
+    model = deep_llama()
+
+    def fail(*_):
+        raise Stop
+
+    handle = model.get_submodule(where).register_forward_pre_hook(fail)
+    with pytest.raises(Stop):
+        collect(model, BATCHES, max_memory=BUDGET["llama"])
+    handle.remove()
+    for module in model.modules():
+        assert "forward" not in module.__dict__ and not module._forward_pre_hooks and not module._forward_hooks
+
+
+def test_budgets():
+    assert [parse_bytes("m", s) for s in (None, 5, "4GB", " 1.5 GiB ", "2kb", "7")] == [
+        None, 5, 4 * 10**9, 3 * 2**29, 2000, 7
+    ]  # fmt: skip
+    for bad in ("", "4 gigs", "-1GB", 0, "1.2.3MB", "0GB"):
+        with pytest.raises(ValueError, match=r'max_memory must be a number of bytes such as "4GB" or "512MiB", got'):
+            collect(PlainModel(), max_memory=bad)
+    with pytest.raises(
+        ValueError, match=r"max_memory is 500 B, but the input of layer q with 10 features needs 620 B alone"
+    ):
+        collect(PlainModel(), max_memory=500)
+    with pytest.raises(ValueError, match="batches is empty"):
+        collect(PlainModel(), [], max_memory="1GB")
+    inputs = [LayerInput((str(i),), 10, i) for i in range(5)]
+    for budget in range(620, 3000, 100):
+        plan = plan_passes(inputs, torch.float32, budget, None)
+        assert [one for part in plan.passes for one in part] == inputs
+        assert plan.live_bytes <= budget and plan.whole_bytes == 2000 and plan.stored_bytes == 1100
+        assert all(sum(one.bytes(torch.float32) for one in part) + 220 <= budget for part in plan.passes)
+        assert len(plan.passes) == -(-5 // min(5, (budget - 220) // 400))
+
+
+def test_the_plan_is_shown_before(capsys):
+    model = deep_llama()
+    gk.collect_statistics(model, BATCHES, max_memory=BUDGET["llama"])
+    shown = capsys.readouterr().err
+    assert shown.startswith("statistics: 16 distinct inputs, ") and " passes instead of " in shown
