@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import guardspace_kernels
 
@@ -28,6 +29,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("statistics", help="file of CalibrationStatistics.save")
     inspect.add_argument("--json", metavar="FILE", help="also write the curve of every layer input as JSON")
 
+    _add_collect(commands)
+    _add_plan(commands)
+    _add_certify(commands)
+    _add_export(commands)
+
     demo = commands.add_parser(
         "demo",
         help="fine-tune a real chat model with plain LoRA and with GuardSpace, and compare",
@@ -41,6 +47,120 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _command(commands: Any, name: str, help: str, description: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="folder or hub name of the aligned base model, or a .gguf file of it")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="dtype to load the model in; use the one that you train in, since statistics and plans are bound to it "
+        "(default: the checkpoint's own)",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1... (default: cuda if there is one)")
+    return parser
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
+    parser.add_argument("--raw", action="store_true", help="use the prompts as they are, without the chat template")
+
+
+def _add_collect(commands: Any) -> None:
+    collect = _command(
+        commands,
+        "collect",
+        "statistics of a model's layers on harmful requests that it refuses",
+        "Runs the model on requests that it refuses and saves, for the input of every linear layer, the covariance\n"
+        'that a plan is made from. PROMPTS has one request per line, or is .jsonl with a field "prompt". They go\n'
+        "through the tokenizer's chat template. A hundred or two will do; guardspace inspect tells if more would help.",
+        "guardspace collect MODEL requests.txt --out stats.safetensors --answer-tokens 12 --max-memory 4GB",
+    )
+    collect.add_argument("prompts", help="text file, one request per line, or .jsonl")
+    collect.add_argument("--out", required=True, metavar="FILE", help="where the statistics go")
+    collect.add_argument(
+        "--answer-tokens", type=int, default=12, metavar="N", help="of the model's own answer to include (default: 12)"
+    )
+    collect.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers to cover (default: all linear)")
+    collect.add_argument("--max-memory", metavar="SIZE", help="for covariances, e.g. 4GB: several passes if need be")
+    collect.add_argument("--checkpoint", metavar="FILE", help="keep the state there, to go on after an interruption")
+    collect.add_argument(
+        "--checkpoint-every", type=int, default=10, metavar="N", help="batches between two of them (default: 10)"
+    )
+    _add_prompts(collect)
+
+
+def _add_plan(commands: Any) -> None:
+    plan = _command(
+        commands,
+        "plan",
+        "what is protected in every layer, and where the adapter starts",
+        "Makes a plan from statistics of the same model, prints it layer by layer and saves it for attach_guard.",
+        "guardspace plan MODEL stats.safetensors --out plan.safetensors --rank 16 --protect 0.99",
+    )
+    plan.add_argument("statistics", help="file of guardspace collect")
+    plan.add_argument("--out", required=True, metavar="FILE", help="where the plan goes")
+    plan.add_argument("--rank", type=int, default=16, help="of the adapter (default: %(default)s)")
+    plan.add_argument("--alpha", type=float, help="PEFT's lora_alpha (default: twice the rank)")
+    plan.add_argument(
+        "--protect",
+        type=float,
+        default=0.99,
+        help="share of the calibration energy to protect; guardspace inspect shows its price (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--init",
+        choices=("balanced", "paper", "zero"),
+        default="balanced",
+        help="of the adapter (default: %(default)s)",
+    )
+    plan.add_argument("--target-modules", nargs="+", metavar="NAME", help="some of the layers (default: all)")
+    plan.add_argument("--max-memory", metavar="SIZE", help="for solves that run at the same time, e.g. 4GB")
+
+
+def _add_certify(commands: Any) -> None:
+    certify = _command(
+        commands,
+        "certify",
+        "how far a trained adapter moves outputs on harmful prompts",
+        "Computes the drift of every layer's output on the calibration prompts from their statistics, exactly; with\n"
+        "--heldout also measures it on other prompts. With --plan the adapter must lie in the plan's null space.\n"
+        "Exits with 1 if a layer drifts by more than --max-drift.",
+        "guardspace certify MODEL adapter/ stats.safetensors --plan plan.safetensors --max-drift 0.05",
+    )
+    certify.add_argument("adapter", help="folder of save_pretrained, a PEFT LoRA")
+    certify.add_argument("statistics", help="file of guardspace collect")
+    certify.add_argument("--plan", metavar="FILE", help="the plan that the adapter was trained with")
+    certify.add_argument("--heldout", metavar="PROMPTS", help="requests that were not in the statistics")
+    certify.add_argument("--max-drift", type=float, metavar="X", help="exit with 1 if a layer drifts by more")
+    certify.add_argument("--json", metavar="FILE", help="also write the report as JSON")
+    _add_prompts(certify)
+
+
+def _add_export(commands: Any) -> None:
+    export = _command(
+        commands,
+        "export",
+        "a trained adapter as a plain LoRA in another dtype, and what rounding costs",
+        "Checks that an adapter lies in the null space of its plan and writes it as a plain PEFT LoRA on the\n"
+        "untouched base model; the report says how much of it leaks into protected directions after rounding.",
+        "guardspace export MODEL adapter/ plan.safetensors --out lora/ --factors bfloat16",
+    )
+    export.add_argument("adapter", help="folder of save_pretrained")
+    export.add_argument("plan", help="the plan that it was trained with")
+    export.add_argument("--out", required=True, metavar="FOLDER", help="where the LoRA goes")
+    export.add_argument(
+        "--factors", choices=("float32", "bfloat16", "float16"), help="dtype of its factors (default: the adapter's)"
+    )
+    export.add_argument("--statistics", metavar="FILE", help="adds the drift on the calibration prompts")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
@@ -51,7 +171,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "inspect":
         return _inspect(options)
-    return _demo(options)
+    if options.command == "demo":
+        return _demo(options)
+    from guardspace_kernels import commands
+
+    try:
+        return int(getattr(commands, options.command)(options))
+    except (OSError, TypeError, ValueError) as error:
+        print(f"guardspace {options.command}: {error}", file=sys.stderr)
+        return 2
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -275,7 +275,7 @@ def check_statistics(model: nn.Module, layers: dict[str, AdaptedLayer], stats: C
 
 
 def _certify_layer(name: str, layer: AdaptedLayer, entry: InputStatistics) -> LayerDrift:
-    covariance = entry.covariance
+    covariance = entry.covariance_on(layer.weight.device)
     output = squared_output(layer.weight, covariance)
     free_energy = float(covariance.double().trace())
     if layer.projector is not None:

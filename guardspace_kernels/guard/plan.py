@@ -303,7 +303,7 @@ def plan_guard(
     def solve(item: tuple[int, InputStatistics]) -> tuple[NullSpace | None, list[LayerPlan]]:
         index, entry = item
         modules = {name: model.get_submodule(name) for name in entry.layers if name in names}
-        covariance = entry.covariance.to(linear_weight(next(iter(modules.values()))).device)
+        covariance = entry.covariance_on(linear_weight(next(iter(modules.values()))).device)
         space = _space_for(entry, covariance, config)
         bar.update()
         damped = DampedCovariance(covariance, config.damping) if config.init != "zero" else None
@@ -322,7 +322,8 @@ def plan_guard(
     bar = tqdm(total=len(used) + len(names), desc="plan", unit="solve", disable=not progress)
     with full_float32_products(), bar:
         # A wide input takes longest: begun last, it would keep one core busy while the others wait.
-        solved = _in_parallel(solve, list(enumerate(used)), size, parse_bytes("max_memory", max_memory))
+        workers = 1 if any(p.is_cuda for p in model.parameters()) else torch.get_num_threads()
+        solved = _in_parallel(solve, list(enumerate(used)), size, parse_bytes("max_memory", max_memory), workers)
     spaces = [space for space, _ in solved]
     of_layer = {layer.name: layer for _, planned in solved for layer in planned}
     layers = {name: of_layer[name] for name in names}
@@ -331,16 +332,21 @@ def plan_guard(
 
 
 def solve_bytes(features: int, weight: int) -> int:
-    """What the solves for an input and a layer of ``weight`` entries take at most: measured for 576 to 4096 features,
-    C in float32 and float64, the eigenvectors with their workspace, and the weight's factors in float64."""
-    return 48 * features**2 + 24 * weight
+    """What the solves for an input and a layer of ``weight`` entries take at most on a CPU: 16 to 20 bytes per entry of
+    C and 14 per entry of the weight were measured, 40 per entry of C where the eigendecomposition is in float64."""
+    return 40 * features**2 + 14 * weight
 
 
 def _in_parallel(
-    solve: Callable[[_Item], _Result], items: Sequence[_Item], size: Callable[[_Item], int], budget: int | None
+    solve: Callable[[_Item], _Result],
+    items: Sequence[_Item],
+    size: Callable[[_Item], int],
+    budget: int | None,
+    workers: int,
 ) -> list[_Result]:
-    """Results in the order of ``items``, begun with the largest; one single-threaded solve per core, since LAPACK
-    gains little from threads at these sizes, and of those only as many as a budget allows."""
+    """Results in the order of ``items``, begun with the largest; on a CPU one single-threaded solve per core, since
+    LAPACK gains little from threads at these sizes, and of those only as many as a budget allows. One at a time on a
+    GPU, which a solve fills, and where torch loads its solvers once, in whichever thread asks, and not twice."""
     threads = torch.get_num_threads()
     changed, taken = threading.Condition(), 0
 
@@ -357,7 +363,7 @@ def _in_parallel(
                 taken -= mine
                 changed.notify_all()
 
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         largest_first = sorted(range(len(items)), key=lambda i: -size(items[i]))
         futures = {i: pool.submit(within_budget, items[i]) for i in largest_first}
         try:

@@ -50,9 +50,13 @@ class InputStatistics:
         """The lower triangle of C, (d (d + 1) / 2,)."""
         return self.stored.read() if isinstance(self.stored, StoredTensor) else self.stored
 
+    def covariance_on(self, device: torch.device | str) -> torch.Tensor:
+        """C, made on that device."""
+        return unpacked(self.triangle().to(device))
+
     @property
     def covariance(self) -> torch.Tensor:
-        return unpacked(self.triangle())
+        return self.covariance_on("cpu")
 
     @covariance.setter
     def covariance(self, C: torch.Tensor) -> None:
@@ -179,15 +183,25 @@ class CalibrationStatistics:
 
 def packed(C: torch.Tensor) -> torch.Tensor:
     """The lower triangle, row after row: (d (d + 1) / 2,)."""
+    if C.is_cuda:
+        return C[_triangular(len(C), C.device)]
     return torch.cat([row[: i + 1] for i, row in enumerate(C.unbind())])
+
+
+def _triangular(d: int, device: torch.device) -> torch.Tensor:
+    """A mask: on a GPU one launch where a CPU is quicker row by row."""
+    return torch.ones(d, d, dtype=torch.bool, device=device).tril()
 
 
 def unpacked(triangle: torch.Tensor) -> torch.Tensor:
     """The symmetric matrix whose lower triangle it is."""
     d = (math.isqrt(8 * triangle.numel() + 1) - 1) // 2
     C = triangle.new_zeros(d, d)
-    for row, part in zip(C.unbind(), triangle.split(list(range(1, d + 1))), strict=True):
-        row[: len(part)] = part
+    if C.is_cuda:
+        C[_triangular(d, C.device)] = triangle
+    else:
+        for row, part in zip(C.unbind(), triangle.split(list(range(1, d + 1))), strict=True):
+            row[: len(part)] = part
     symmetrize_(C)
     return C
 

@@ -144,3 +144,10 @@ def weight_of(model, name):
 
 def relative_error(got, wanted):
     return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-300))
+
+
+def assert_same_bits(a, b):
+    assert repr(a) == repr(b) and a.fingerprint == b.fingerprint
+    for x, y in zip(a.inputs, b.inputs, strict=True):
+        assert (x.layers, x.tokens, x.sink_tokens) == (y.layers, y.tokens, y.sink_tokens)
+        assert torch.equal(x.covariance, y.covariance) and torch.equal(x.sinks, y.sinks)

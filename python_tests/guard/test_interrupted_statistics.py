@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from guard_helpers import PROMPTS, PlainModel, batch_of, tiny_llama
+from guard_helpers import PROMPTS, PlainModel, assert_same_bits, batch_of, tiny_llama
 
 import guardspace_kernels as gk
 from guardspace_kernels.guard.files import load_tensors
@@ -22,13 +22,6 @@ BATCHES = [batch_of(PROMPTS[i : i + 2], side) for i in range(4) for side in ("le
 
 def collect(batches=BATCHES, model=None, **options):
     return gk.collect_statistics(model or tiny_llama(), batches, progress=False, **options)
-
-
-def assert_same_bits(a, b):
-    assert repr(a) == repr(b) and a.fingerprint == b.fingerprint
-    for x, y in zip(a.inputs, b.inputs, strict=True):
-        assert (x.layers, x.tokens, x.sink_tokens) == (y.layers, y.tokens, y.sink_tokens)
-        assert torch.equal(x.covariance, y.covariance) and torch.equal(x.sinks, y.sinks)
 
 
 class Stop(Exception):

@@ -4,8 +4,8 @@ import weakref
 
 import pytest
 import torch
-from guard_helpers import PROMPTS, PlainModel, batch_of, collect, tiny_gpt2, tiny_llama
-from test_interrupted_statistics import Stop, assert_same_bits
+from guard_helpers import PROMPTS, PlainModel, assert_same_bits, batch_of, collect, tiny_gpt2, tiny_llama
+from test_interrupted_statistics import Stop
 from test_statistics import LateReader
 
 import guardspace_kernels as gk

@@ -181,8 +181,8 @@ def test_a_wrong_answer_is_not_kept(monkeypatch):
     W, C = layer(160, 384, "plain")
     smallest = safety_subspace._smallest
 
-    def worse(inverse, rank):
-        V, energy = smallest(inverse, rank)
+    def worse(inverse, rank, tolerance):
+        V, energy = smallest(inverse, rank, tolerance)
         return torch.linalg.qr(V + 1e-2 * torch.randn_like(V)).Q, energy
 
     monkeypatch.setattr(safety_subspace, "_smallest", worse)
@@ -207,3 +207,17 @@ def test_without_damping_a_singular_covariance_still_has_its_subspace():
     U, _ = trailing_subspace(W, C, 8, damping=0.0)
     M = W.double() @ C.double()
     assert (U.T @ M).norm() <= 1e-6 * M.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_answer_that_fails_the_check_is_refined(dtype, monkeypatch):
+    W = torch.randn(704, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    X = torch.randn(512, 256, generator=torch.Generator().manual_seed(1)) * torch.logspace(0, -3, 256)
+    C = X.T @ X
+    coarse = trailing_subspace(W, C, 16)[1].square().sum()
+    monkeypatch.setattr(safety_subspace, "_SAME_ENERGY", 5e-4)
+    monkeypatch.setattr(safety_subspace, "_by_svd", lambda *_: pytest.fail("given up"))
+    fine = trailing_subspace(W, C, 16)[1].square().sum()
+    damped = safety_subspace.DampedCovariance(C).matrix
+    best = torch.linalg.svdvals(W.double() @ damped)[-16:].square().sum()
+    assert best * (1 - 1e-9) <= fine <= min(coarse, best * 1.0006)
