@@ -94,6 +94,9 @@ def _add_collect(commands: Any) -> None:
         "--checkpoint-every", type=int, default=10, metavar="N", help="batches between two of them (default: 10)"
     )
     _add_prompts(collect)
+    collect.add_argument(
+        "--dry-run", action="store_true", help="print time, memory and disk estimates, load no weights"
+    )
 
 
 def _add_plan(commands: Any) -> None:

@@ -25,6 +25,8 @@ def collect(options: argparse.Namespace) -> int:
     prompts = read_prompts(options.prompts)
     tokenizer = _tokenizer(options.model)
     batches = batches_of(tokenizer, prompts, options.batch_size, options.raw)
+    if options.dry_run:
+        return _dry_run(options, batches)
     stats = collect_statistics(
         _model(options),
         batches,
@@ -146,15 +148,18 @@ def _model(options: argparse.Namespace) -> nn.Module:
 
     source, extra = _source(options.model)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device must be such as cpu, cuda or cuda:1, got {device!r}") from error
+    device = _device(options)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
-    return model.to(place).eval()
+    return model.to(device).eval()
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(options.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be such as cpu, cuda or cuda:1, got {options.device!r}") from error
 
 
 def _guarded(model: nn.Module, plan: str, adapter: str) -> Any:
@@ -169,3 +174,31 @@ def _guarded(model: nn.Module, plan: str, adapter: str) -> Any:
 def _folder(adapter: str) -> None:
     if not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
         raise FileNotFoundError(f"{adapter} holds no adapter_config.json; give the folder of save_pretrained")
+
+
+def _dry_run(options: argparse.Namespace, batches: list[Batch]) -> int:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from guardspace_kernels.guard.estimate import estimate_preparation
+
+    source, extra = _source(options.model)
+    config = AutoConfig.from_pretrained(source, **extra)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    named = options.dtype if options.dtype != "auto" else str(getattr(config, "dtype", None) or "float32")
+    prompts = sum(len(batch["input_ids"]) for batch in batches)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    print(
+        estimate_preparation(
+            model,
+            prompts=prompts,
+            tokens_per_prompt=-(-tokens // prompts),
+            answer_tokens=options.answer_tokens,
+            batch_size=options.batch_size,
+            target_modules=options.target_modules or "all-linear",
+            dtype=getattr(torch, named.removeprefix("torch.")),
+            device=_device(options),
+            max_memory=options.max_memory,
+        )
+    )
+    return 0

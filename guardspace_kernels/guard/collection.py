@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm.auto import tqdm
 
 from guardspace_kernels.guard.batches import (
@@ -335,6 +336,19 @@ class _Scout(_Collector):
         return [
             LayerInput(tuple(g), linear_weight(self.layers[g[0]]).shape[1], self.after.get(g[0], 0)) for g in groups
         ]
+
+
+def distinct_inputs(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[LayerInput]:
+    """Which of the layers read the same tensor, from a forward of a few tokens; of a model on the meta device too."""
+    scout = _Scout(layers, blocks_of(model, list(layers)))
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(scout.counting(torch.ones(1, 4, dtype=torch.bool)))
+        if device.type == "meta":  # a forward may look at values, of masks for instance, that only fake tensors have
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        forward_batch(model, {"input_ids": torch.zeros(1, 4, dtype=torch.long, device=device)})
+    return scout.layer_inputs()
 
 
 def _scouted(

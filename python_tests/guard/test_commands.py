@@ -97,6 +97,19 @@ def test_certify_and_export(folder, stats, adapter, capsys):
     assert "no projector" in capsys.readouterr().out
 
 
+def test_a_dry_run_estimates_and_loads_no_weights(folder, capsys, monkeypatch):
+    import transformers
+
+    def refuse(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    out = folder / "nothing"
+    assert run(folder, "collect", "model", "prompts.txt", "--out", str(out), "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert not out.exists() and "8 distinct inputs" in shown and "plan  " in shown
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -1,0 +1,261 @@
+"""``python -m benchmarks.bench_preparation``: collecting statistics and planning a whole model, against the paper's way.
+
+Each contestant runs in a process of its own: seconds, the largest resident set above the loaded model, bytes on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import guardspace_kernels as gk
+from guardspace_kernels.guard.batches import evaluating, forward_batch
+from guardspace_kernels.guard.estimate import Estimate, estimate_preparation
+from guardspace_kernels.guard.layers import find_layers, linear_weight
+
+from . import baselines
+from .bench_training_step import _model
+from .run import table
+from .timing import environment, write_json
+
+RANK, PROMPTS, BATCH = 16, 120, 8
+#: hidden, intermediate, blocks, heads, key-value heads; random weights and a small vocabulary.
+SHAPES = {
+    "tiny": (24, 40, 2, 4, 2),
+    "Qwen2.5-0.5B": (896, 4864, 24, 14, 2),
+    "Llama-3.2-1B": (2048, 8192, 16, 32, 8),
+    "Llama-2-7B": (4096, 11008, 32, 32, 32),
+}
+MODELS = ("SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.2-1B")
+CONTESTANTS = ("ours", "ours, a quarter of the memory", "paper's way")
+HEADER = ["model", "", "bare forward s", "collect s", "plan s", "memory above the model", "on disk", "estimate s"]
+
+
+def build(name: str, blocks: int | None) -> nn.Module:
+    if name not in SHAPES:
+        return _model(name, torch.float32)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, intermediate, depth, heads, kv = SHAPES[name]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=blocks or depth, vocab_size=1024,
+        num_attention_heads=heads, num_key_value_heads=kv, attention_bias=name.startswith("Qwen"),
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def prompts(vocabulary: int, count: int = PROMPTS) -> list[Tensor]:
+    """Random tokens, of the lengths of short requests in a chat template with a dozen answer tokens."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(20, 46, (count,), generator=generator).tolist()
+    return [torch.randint(1, vocabulary, (length,), generator=generator) for length in lengths]
+
+
+def padded(rows: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    batches = []
+    for i in range(0, len(rows), BATCH):
+        part = rows[i : i + BATCH]
+        ids = nn.utils.rnn.pad_sequence(list(part), batch_first=True, padding_side="left")
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in part], batch_first=True, padding_side="left")
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = run()
+    return result, time.perf_counter() - start
+
+
+def run_contestant(name: str, contestant: str, blocks: int | None) -> dict[str, Any]:
+    """In this process: the numbers of one contestant."""
+    model = build(name, blocks)
+    rows = prompts(model.config.vocab_size, 6 if name == "tiny" else PROMPTS)
+    batches = padded(rows)
+
+    def bare() -> None:
+        with evaluating(model):
+            for batch in batches:
+                forward_batch(model, batch)
+
+    bare()
+    _, forward = _timed(bare)
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    with tempfile.TemporaryDirectory() as folder:
+        files = [os.path.join(folder, file) for file in ("statistics", "plan")]
+        run = _paper if contestant.startswith("paper") else _ours
+        result = run(model, rows, batches, files, contestant)
+        peak = _resident("VmHWM") - before
+        sizes = [os.path.getsize(file) for file in files if os.path.exists(file)]
+    return {"forward": forward, "peak": peak, "disk": sum(sizes), **result}
+
+
+def _ours(
+    model: nn.Module, rows: list[Tensor], batches: list[dict[str, Tensor]], files: list[str], contestant: str
+) -> dict[str, Any]:
+    config = gk.GuardConfig(rank=2 if len(rows) < PROMPTS else RANK, protect=0.5 if len(rows) < PROMPTS else 0.99)
+    budget = None
+    if "quarter" in contestant:
+        widths = [entry.features for entry in _inputs(model)]
+        budget = max(sum(4 * d * d for d in widths) // 4, 7 * max(widths) ** 2)  # at least the widest and its triangle
+
+    def collect() -> gk.CalibrationStatistics:
+        stats = gk.collect_statistics(model, batches, progress=False, max_memory=budget)
+        stats.save(files[0])
+        return gk.CalibrationStatistics.load(files[0]) if budget else stats
+
+    stats, collected = _timed(collect)
+    plan, planned = _timed(lambda: gk.plan_guard(model, stats, config, progress=False, max_memory=budget))
+    plan.save(files[1])
+    return {"collect": collected, "plan": planned}
+
+
+def _inputs(model: nn.Module) -> list[Any]:
+    from guardspace_kernels.guard.collection import distinct_inputs
+
+    return distinct_inputs(model, find_layers(model))
+
+
+def _paper(
+    model: nn.Module, rows: list[Tensor], batches: list[dict[str, Tensor]], files: list[str], contestant: str
+) -> dict[str, Any]:
+    """A covariance per layer, one prompt at a time; per layer an eigendecomposition, an inverse and a full SVD.
+
+    Layers of one shape take the same time: where a model has many, one of each is solved and the time multiplied.
+    """
+    layers = find_layers(model)
+    C = {name: torch.zeros(linear_weight(m).shape[1], linear_weight(m).shape[1]) for name, m in layers.items()}
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _module, args: baselines.cov_paper_hook(C[name], args[0].reshape(-1, args[0].shape[-1]))
+
+    def collect() -> None:
+        handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
+        with evaluating(model):
+            for row in rows:
+                forward_batch(model, {"input_ids": row[None]})
+        for handle in handles:
+            handle.remove()
+
+    _, collected = _timed(collect)
+    shapes = Counter(tuple(linear_weight(module).shape) for module in layers.values())
+    seconds = 0.0
+    rank = 2 if len(rows) < PROMPTS else RANK
+    projectors = 0
+    for shape, count in shapes.items():
+        name = next(n for n, module in layers.items() if tuple(linear_weight(module).shape) == shape)
+        weight = linear_weight(layers[name]).detach()
+        _, once = _timed(
+            lambda n=name, w=weight: (baselines.null_space_paper(C[n]), baselines.trailing_paper(w, C[n], rank))
+        )  # type: ignore[misc]  # noqa: E501
+        seconds += count * once
+        projectors += count * 4 * shape[1] ** 2
+    covariances = sum(c.nbytes for c in C.values())
+    # The projectors of all layers are kept beside the covariances until the adapters are built, and both are saved.
+    return {"collect": collected, "plan": seconds, "disk": covariances + projectors, "one_per_shape": True,
+            "kept": projectors}  # fmt: skip
+
+
+def _run_in_process(name: str, contestant: str, blocks: int | None) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.bench_preparation", "--child", name, contestant]
+    if blocks:
+        command += ["--blocks", str(blocks)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{contestant} on {name} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return {"model": name, "contestant": contestant, "blocks": blocks, **result}
+
+
+def _estimate(name: str, blocks: int | None) -> Estimate:
+    model = build(name, blocks) if name not in SHAPES else _on_meta(name, blocks)
+    tokens = sum(len(row) for row in prompts(1000))
+    return estimate_preparation(
+        model, prompts=PROMPTS, tokens_per_prompt=round(tokens / PROMPTS), rank=RANK,
+        dtype=torch.bfloat16 if name == "Llama-2-7B" else torch.float32,
+    )  # fmt: skip
+
+
+def _on_meta(name: str, blocks: int | None) -> nn.Module:
+    with torch.device("meta"):
+        return build(name, blocks)
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def rows_of(results: list[dict[str, Any]]) -> list[list[str]]:
+    lines = []
+    for r in results:
+        guess = r.get("estimate")
+        peak = r.get("peak", 0) + r.get("kept", 0)
+        lines.append([
+            r["model"] + (f", {r['blocks']} blocks" if r.get("blocks") else ""),
+            r["contestant"],
+            f"{r['forward']:.3g}" if "forward" in r else "–",
+            f"{r['collect']:.3g} ({r['collect'] / r['forward']:.2f}×)" if "forward" in r else "–",
+            (f"{r['plan']:.3g}" + ("*" if r.get("one_per_shape") else "")) if "plan" in r else "–",
+            _size(peak) if peak else "–",
+            _size(r["disk"]) if "disk" in r else "–",
+            f"{guess['collect']:.3g} + {guess['plan']:.3g}" if guess else "",
+        ])  # fmt: skip
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_preparation", description=__doc__)
+    parser.add_argument("--model", nargs="+", choices=("SmolLM2-135M", *SHAPES), default=list(MODELS))
+    parser.add_argument("--contestant", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--blocks", type=int, help="of the random models: fewer than they have")
+    parser.add_argument("--estimate-only", action="store_true", help="print estimates and run nothing")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.child:
+        print(json.dumps(run_contestant(*args.child, args.blocks)))
+        return 0
+    threads = torch.get_num_threads()
+    result: dict[str, Any] = {"environment": environment(threads), "rows": []}
+    for name in args.model:
+        blocks = args.blocks if name in SHAPES else None
+        guess = _estimate(name, blocks) if name != "tiny" else None
+        if guess is not None:
+            print(f"{name}: {guess}\n", flush=True)
+        for contestant in [] if args.estimate_only else args.contestant:
+            row = _run_in_process(name, contestant, blocks)
+            if guess is not None and contestant == "ours":
+                row["estimate"] = {"collect": guess.collect_seconds, "plan": guess.plan_seconds}
+            result["rows"].append(row)
+            print(table(HEADER, rows_of(result["rows"]), True) + "\n", flush=True)
+            if args.out:
+                write_json(args.out, result)
+    if any(row.get("one_per_shape") for row in result["rows"]):
+        print("* one layer of each shape was solved, and its time multiplied by their number")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
