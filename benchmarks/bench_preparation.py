@@ -1,4 +1,4 @@
-"""``python -m benchmarks.bench_preparation``: collecting statistics and planning a whole model, against the paper's way.
+"""``python -m benchmarks.bench_preparation``: statistics and plan of a whole model, against the paper's way.
 
 Each contestant runs in a process of its own: seconds, the largest resident set above the loaded model, bytes on disk.
 """
@@ -59,10 +59,13 @@ def build(name: str, blocks: int | None) -> nn.Module:
 
 
 def prompts(vocabulary: int, count: int = PROMPTS) -> list[Tensor]:
-    """Random tokens, of the lengths of short requests in a chat template with a dozen answer tokens."""
+    """Random tokens behind the same first one, of the lengths of short requests in a chat template with an answer."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 46, (count,), generator=generator).tolist()
-    return [torch.randint(1, vocabulary, (length,), generator=generator) for length in lengths]
+    rows = [torch.randint(1, vocabulary, (length,), generator=generator) for length in lengths]
+    for row in rows:
+        row[0] = 1
+    return rows
 
 
 def padded(rows: Sequence[Tensor]) -> list[dict[str, Tensor]]:
@@ -166,10 +169,10 @@ def _paper(
     projectors = 0
     for shape, count in shapes.items():
         name = next(n for n, module in layers.items() if tuple(linear_weight(module).shape) == shape)
-        weight = linear_weight(layers[name]).detach()
-        _, once = _timed(
-            lambda n=name, w=weight: (baselines.null_space_paper(C[n]), baselines.trailing_paper(w, C[n], rank))
-        )  # type: ignore[misc]  # noqa: E501
+        weight, C_of = linear_weight(layers[name]).detach(), C[name]
+        _, null = _timed(lambda C_of=C_of: baselines.null_space_paper(C_of))  # type: ignore[misc]
+        _, start = _timed(lambda w=weight, C_of=C_of: baselines.trailing_paper(w, C_of, rank))  # type: ignore[misc]
+        once = null + start
         seconds += count * once
         projectors += count * 4 * shape[1] ** 2
     covariances = sum(c.nbytes for c in C.values())
