@@ -457,7 +457,7 @@ def logits(model, batch, device):
         return model.eval()(**batch).logits[batch["attention_mask"].bool()]
 
 
-def train(guarded, device, steps=6, autocast=False, **options):
+def train(guarded, device, steps=20, autocast=False, **options):
     """AdamW on random tokens; leaves the model in eval mode."""
     optimizer = torch.optim.AdamW([p for p in guarded.parameters() if p.requires_grad], lr=1e-2, **options)
     batch = {key: value.to(device) for key, value in batch_of().items()}
@@ -481,7 +481,7 @@ def test_statistics_equal_those_on_the_cpu(device, make, side):
     assert ours.fingerprint == theirs.fingerprint and ours.prompts == theirs.prompts
     truth = hand_made(moved(base, "cpu", torch.float64), PROMPTS, ours.layers)
     for a, b in zip(ours.inputs, theirs.inputs, strict=True):
-        assert a.covariance.device.type == a.sinks.device.type == device.type
+        assert a.covariance.device.type == a.sinks.device.type == "cpu"
         assert (a.layers, a.tokens, a.sink_tokens) == (b.layers, b.tokens, b.sink_tokens)
         assert relative_error(a.covariance.cpu(), truth[a.layers[0]][1]) < 1e-5
         assert a.sinks.shape == b.sinks.shape and relative_error(a.sinks.cpu(), b.sinks) < 1e-5
@@ -533,7 +533,7 @@ def test_statistics_of_a_process_group(device, tmp_path, monkeypatch):
     finally:
         dist.destroy_process_group()
     for a, b in zip(stats.inputs, reduced.inputs, strict=True):
-        assert b.covariance.device.type == device.type
+        assert b.covariance.device.type == "cpu"
         assert torch.equal(a.covariance, b.covariance) and a.tokens == b.tokens
 
 
