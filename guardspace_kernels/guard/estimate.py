@@ -82,7 +82,7 @@ def estimate_preparation(
 
     A forward of T tokens has ``2 T Σ d_out d_in`` FLOPs, of which the sample gives the rate; a covariance costs what
     the sample of its width costs, once per batch; a solve of a layer wider than 1024 takes the time of one shrunk to
-    1024, times the cube of the ratio. Attention, embeddings and the reading of the model are left out.
+    1024, tokens and all, times the cube of the ratio. Attention, embeddings and the reading of the model are left out.
 
     Args:
         model: may be on the meta device: nothing but its shapes is used.
@@ -122,7 +122,7 @@ def estimate_preparation(
     workers = 1 if device.type == "cuda" else threads
     torch.set_num_threads(1 if workers > 1 else threads)
     try:
-        null = {d: _solve_seconds(d, lambda d: _null_space(d, tokens, device), device) for d in update}
+        null = {d: _solve_seconds(d, lambda n, d=d: _null_space(n, tokens * n // d, device), device) for d in update  # type: ignore[misc]}
         trailing = {
             shape: _solve_seconds(
                 max(shape), lambda n, shape=shape: _trailing(shape, n, rank, device), device  # type: ignore[misc]
@@ -175,8 +175,9 @@ def _covariance(d: int, tokens: int, device: torch.device) -> torch.Tensor:
 
 
 def _null_space(d: int, tokens: int, device: torch.device) -> Callable[[], object]:
-    C, sinks = _covariance(d, max(tokens, 2), device), torch.empty(0, d, device=device)
-    return lambda: null_space(C, sinks)
+    tokens = max(tokens, 2)
+    C, sinks = _covariance(d, tokens, device), torch.empty(0, d, device=device)
+    return lambda: null_space(C, sinks, tokens=tokens)
 
 
 def _trailing(shape: tuple[int, int], widest: int, rank: int, device: torch.device) -> Callable[[], object]:

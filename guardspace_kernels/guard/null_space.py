@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,6 +15,10 @@ RULES = ("energy", "rank", "paper")
 
 # From here on an eigendecomposition in float32, which takes half the time of one in float64, is tried first.
 _WIDE = 256
+
+# Of T tokens C has rank T: T + 10 random combinations of its columns span its range to rounding, and as many again tell
+# what they miss: at most this share of what the rule leaves unprotected.
+_MORE, _PROBES, _NEGLIGIBLE = 10, 10, 1e-2
 
 # A sink direction is added to the protected ones where less than this share of it lies outside them already.
 _SINK_TOLERANCE = 1e-3
@@ -40,10 +47,12 @@ class NullSpace:
     free_energy: float
 
 
+@full_float32_products()
 def null_space(
     covariance: torch.Tensor,
     sinks: torch.Tensor,
     *,
+    tokens: int | None = None,
     rule: str = "energy",
     protect: float = 0.99,
     protect_dims: int | None = None,
@@ -61,6 +70,8 @@ def null_space(
 
     Args:
         covariance: (d, d), symmetric. sinks: (n, d), n may be 0.
+        tokens: T, how many tokens C was accumulated from. Where they are few, C is solved in its range, T wide instead
+            of d, with the same answer: a C that has more than that, which the rule would see, is solved as a whole.
 
     Raises:
         EmptyNullSpaceError: no dimension is left. ValueError: C is zero or not finite, or the rule is unknown.
@@ -72,37 +83,72 @@ def null_space(
         raise ValueError("the covariance holds non-finite values")
     if covariance.diagonal().sum() <= 0:
         raise ValueError("the covariance is zero: no token was counted")
+    free_of = partial(free_dimensions, rule=rule, protect=protect, protect_dims=protect_dims)
     C = covariance.to(torch.float32 if rule == "energy" and d >= _WIDE else torch.float64)
-    eigenvalues, E = torch.linalg.eigh(C)
+    eigenvalues, E = _leading(C, tokens, free_of)
     if C.dtype == torch.float32:
         rounding = d * torch.finfo(torch.float32).eps * eigenvalues[-1]
         if (1.0 - protect) * eigenvalues.sum() < 10 * rounding:
             C = covariance.double()
-            eigenvalues, E = torch.linalg.eigh(C)
-    free = free_dimensions(eigenvalues, rule=rule, protect=protect, protect_dims=protect_dims)
+            eigenvalues, E = _leading(C, tokens, free_of)
+    free = free_of(eigenvalues)
     if free <= 0:
         raise EmptyNullSpaceError(f"the rule leaves no null space: all {d} dimensions are protected")
-    N, Q = E[:, :free], E[:, free:]
+    if d - free > E.shape[1]:
+        E = _completed(E)
+    Q = E[:, E.shape[1] - (d - free) :]
     outside = _directions_outside(sinks.to(C.dtype), Q)
     added = outside.shape[1]
     if added >= free:
         raise EmptyNullSpaceError(
             f"the rule leaves {free} dimensions and {added} distinct first-token directions take them all"
         )
-    if added:
-        # `outside` lies in span(N): rotate N so that its first columns are that span, and give those to Q.
-        reflectors, tau = torch.geqrf(N.T @ outside)
-        N = torch.ormqr(reflectors, tau, N, left=False)
-        N, Q = N[:, added:], torch.cat([Q, N[:, :added]], dim=1)
-    protected = Q.shape[1]
+    protected = d - free + added
     complement = protected <= d - protected
-    basis = Q if complement else N
-    with full_float32_products():
-        if C.dtype == torch.float32:
-            basis = 1.5 * basis - 0.5 * basis @ (basis.T @ basis)  # float32 eigenvectors are orthogonal to 1e-5 only
-        held = float(((C @ basis) * basis).double().sum() / C.diagonal().double().sum())
+    if complement:
+        basis = torch.cat([Q, outside], dim=1)
+    else:
+        basis = _completed(E)[:, :free]
+        if added:
+            # `outside` lies in the span of this basis: rotated, its first columns are that span, and go.
+            reflectors, tau = torch.geqrf(basis.T @ outside)
+            basis = torch.ormqr(reflectors, tau, basis, left=False)[:, added:]
+    if C.dtype == torch.float32:
+        basis = 1.5 * basis - 0.5 * basis @ (basis.T @ basis)  # float32 eigenvectors are orthogonal to 1e-5 only
+    held = float(((C @ basis) * basis).double().sum() / C.diagonal().double().sum())
     free_energy = min(max(1.0 - held if complement else held, 0.0), 1.0)
     return NullSpace(basis.contiguous(), complement, protected, added, free_energy)
+
+
+def _leading(
+    C: torch.Tensor, tokens: int | None, free_of: Callable[[torch.Tensor], int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All eigenvalues of C (d,), ascending, and the eigenvectors of the last m <= d of them (d, m); the others are 0.
+
+    In the span of ``C Ω`` for a random Ω if C is of few tokens and what it has outside of that span,
+    ``‖(I − Q Qᵀ) C‖_F`` as a few more random vectors tell it, is rounding or negligible beside what the rule leaves
+    unprotected.
+    """
+    d = len(C)
+    m = d if tokens is None else tokens + _MORE
+    if 2 * m <= d:
+        random = torch.randn(d, m + _PROBES, generator=torch.Generator().manual_seed(0), dtype=C.dtype)
+        images, probes = (C @ random.to(C.device)).split([m, _PROBES], dim=1)
+        Q = torch.linalg.qr(images).Q
+        values, V = torch.linalg.eigh(Q.T @ (C @ Q))
+        eigenvalues = torch.cat([C.new_zeros(d - m), values.clamp_min(0.0)])
+        missed = float((probes - Q @ (Q.T @ probes)).double().norm()) / math.sqrt(_PROBES)
+        unprotected = float(eigenvalues[: free_of(eigenvalues)].double().sum())
+        rounding = d * torch.finfo(torch.float64).eps * float(values[-1])
+        if missed <= max(_NEGLIGIBLE * unprotected / math.sqrt(d), rounding):
+            return eigenvalues, Q @ V
+    return torch.linalg.eigh(C)
+
+
+def _completed(E: torch.Tensor) -> torch.Tensor:
+    """(d, d): orthonormal columns (d, m) with others before them."""
+    d, m = E.shape
+    return E if m == d else torch.cat([torch.linalg.qr(E, mode="complete").Q[:, m:], E], dim=1)
 
 
 def free_dimensions(
@@ -133,4 +179,6 @@ def _directions_outside(sinks: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
     if units.shape[1] == 0:
         return units
     U, sigma, _ = torch.linalg.svd(units, full_matrices=False)
-    return U[:, sigma > _SINK_TOLERANCE]
+    U = U[:, sigma > _SINK_TOLERANCE]
+    # A small remainder is orthogonal to Q less exactly than to its own columns: once more.
+    return torch.linalg.qr(U - Q @ (Q.T @ U)).Q

@@ -227,6 +227,7 @@ def _space_for(entry: InputStatistics, covariance: torch.Tensor, config: GuardCo
         space = null_space(
             covariance,
             entry.sinks.to(covariance.device),
+            tokens=entry.tokens,
             rule=config.rule,
             protect=config.protect,
             protect_dims=config.protect_dims,

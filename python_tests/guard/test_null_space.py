@@ -1,6 +1,8 @@
 import pytest
 import torch
 from guard_helpers import dense_projector, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from guardspace_kernels.guard import null_space as module
 from guardspace_kernels.guard.null_space import EmptyNullSpaceError, null_space
@@ -203,3 +205,136 @@ def test_what_float32_cannot_resolve_is_solved_in_float64(options):
     C = wide_covariance()
     C[:, :50] = C[:50] = 0.0
     assert null_space(C, torch.empty(0, len(C)), **options).basis.dtype == torch.float64
+
+
+WIDTH = 96
+
+
+def few_tokens(T, d=WIDTH, decay=0.7, seed=0):
+    """C of T tokens whose features decay as a power law, in a random basis."""
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(T, d, generator=generator, dtype=torch.float64) * torch.arange(1, d + 1).double() ** -decay
+    X = X @ torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    return X.T @ X
+
+
+def sinks_of(count, d=WIDTH):
+    return torch.randn(count, d, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+@pytest.fixture
+def solved(monkeypatch):
+    """How many eigenvectors each solve brought."""
+    widths, leading = [], module._leading
+
+    def spy(*args):
+        values, E = leading(*args)
+        assert values.shape == (len(E),)
+        widths.append(E.shape[1])
+        return values, E
+
+    monkeypatch.setattr(module, "_leading", spy)
+    return widths
+
+
+def check_same(C, T, sinks, options, span=1e-6):
+    """The answer in the range of C is that of the whole C, and what it says of itself is true."""
+    thin, whole = null_space(C, sinks, tokens=T, **options), null_space(C, sinks, **options)
+    assert (thin.protected, thin.complement, thin.sink_directions) == (
+        whole.protected, whole.complement, whole.sink_directions
+    )  # fmt: skip
+    assert thin.basis.shape == whole.basis.shape and thin.basis.dtype == whole.basis.dtype == torch.float64
+    Q, d = thin.basis, len(C)
+    assert (Q.T @ Q - torch.eye(Q.shape[1])).abs().max() < 1e-12
+    P, P_whole = projector_of(thin), projector_of(whole)
+    assert thin.free_energy == pytest.approx(float((P @ C).trace() / C.trace()), abs=1e-12)
+    assert thin.free_energy == pytest.approx(whole.free_energy, abs=1e-12)
+    assert float(P.trace()) == pytest.approx(d - thin.protected, abs=1e-9)
+    assert sinks.numel() == 0 or float((sinks @ P).norm() / sinks.norm()) < 1e-10
+    assert float((P - P_whole).norm()) < span
+    return thin
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("decay", [0.0, 0.7, 2.0])
+@pytest.mark.parametrize("T", [1, 2, 20, 38])
+@pytest.mark.parametrize(
+    "options",
+    [{"protect": 0.5}, {"protect": 0.99}, {"protect": 0.9999}, {"rule": "rank", "protect_dims": 1}, {"rule": "paper"}],
+    ids=str,
+)
+def test_few_tokens_are_solved_in_their_range(options, T, decay, sinks, solved):
+    check_same(few_tokens(T, decay=decay), T, sinks_of(sinks), options)
+    assert solved == [T + module._MORE, WIDTH]
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("dims", [21, 31, 46, 47, 48, 60, 92])
+def test_more_dimensions_than_tokens_can_be_protected(dims, sinks, solved):
+    """Beyond the range any directions do; the null basis is the thinner one from half of d on."""
+    space = check_same(few_tokens(20), 20, sinks_of(sinks), {"rule": "rank", "protect_dims": dims}, span=float("inf"))
+    assert space.protected == dims + sinks and space.complement == (dims + sinks <= WIDTH // 2)
+    assert space.free_energy < 1e-12
+    assert solved == [20 + module._MORE, WIDTH]
+
+
+def test_sinks_can_make_the_null_basis_the_thinner_one(solved):
+    """Then the directions of the range that the rule left free belong to it too."""
+    space = check_same(few_tokens(38), 38, sinks_of(14), {"rule": "rank", "protect_dims": 37})
+    assert not space.complement and space.protected == 51 and solved == [38 + module._MORE, WIDTH]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    T=st.integers(1, 38),
+    repeated=st.integers(0, 3),
+    decay=st.floats(0.0, 2.0),
+    protect=st.floats(0.3, 0.999),
+    seed=st.integers(0, 10**6),
+)
+def test_any_spectrum_gives_the_same_answer_in_its_range(T, repeated, decay, protect, seed):
+    """Tokens that repeat make the rank less than T."""
+    C = few_tokens(max(1, T - repeated), decay=decay, seed=seed)
+    thin, whole = (null_space(C, sinks_of(1), tokens=tokens, protect=protect) for tokens in (T, None))
+    assert thin.protected == whole.protected
+    assert thin.free_energy == pytest.approx(whole.free_energy, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    "C, T, options",
+    [
+        (few_tokens(38), 20, {"protect": 0.99}),  # more tokens than were said
+        (few_tokens(20) + 1e-7 * torch.eye(WIDTH, dtype=torch.float64), 20, {"rule": "paper"}),
+        (few_tokens(20) + 1e-9 * torch.eye(WIDTH)[:, :40] @ torch.eye(WIDTH)[:40], 20, {"protect": 1 - 1e-12}),
+        (few_tokens(20).float(), 20, {"rule": "rank", "protect_dims": 30}),
+        (few_tokens(40), 40, {"protect": 0.99}),  # too many to gain anything
+    ],
+    ids=["wrong count", "paper", "energy", "rank", "half"],
+)
+def test_a_covariance_with_more_than_its_range_is_solved_as_a_whole(C, T, options, solved):
+    thin, whole = null_space(C, sinks_of(1), tokens=T, **options), null_space(C, sinks_of(1), **options)
+    assert solved == [WIDTH, WIDTH]
+    assert torch.equal(thin.basis, whole.basis) and thin.protected == whole.protected
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.7, 1.2])
+@pytest.mark.parametrize("protect", [0.9, 0.99])
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_few_tokens_accumulated_in_float32(protect, decay, sinks, solved):
+    """Rounding has given C full rank; what is protected is what float64 finds, up to close eigenvalues at the cut."""
+    d, T = 512, 100
+    exact = few_tokens(T, d, decay)
+    # A square root of C: its tokens up to a rotation.
+    values, E = torch.linalg.eigh(exact)
+    X = (values[-T:].sqrt()[:, None] * E[:, -T:].T).float()
+    C = sum((x.T @ x for x in X.split(7)), torch.zeros(d, d))
+    space, truth = (
+        null_space(C, sinks_of(sinks, d), tokens=T, protect=protect),
+        null_space(exact.double(), sinks_of(sinks, d), protect=protect),
+    )
+    assert solved[0] == T + module._MORE and space.basis.dtype == torch.float32
+    assert (space.protected, space.complement) == (truth.protected, truth.complement)
+    Q = space.basis.double()
+    assert (Q.T @ Q - torch.eye(Q.shape[1])).abs().max() < 2e-6
+    left = 1 - float((Q.T @ exact @ Q).trace() / exact.trace())
+    assert left == pytest.approx(truth.free_energy, abs=2e-6) and space.free_energy == pytest.approx(left, abs=2e-6)

@@ -422,3 +422,16 @@ def test_solves_keep_to_a_memory_budget(budget, monkeypatch):
     assert most[0] == (1 if budget == 1 else 4 if budget is None else most[0])
     with pytest.raises(ValueError, match='max_memory must be a number of bytes such as "4GB"'):
         gk.plan_guard(model, stats, max_memory="much")
+
+
+def test_the_solver_is_told_how_many_tokens_there_were(monkeypatch):
+    model, told, solver = tiny_llama(), [], plan_module.null_space
+    stats = collect(model)
+
+    def spy(covariance, sinks, *, tokens, **options):
+        told.append(tokens)
+        return solver(covariance, sinks, tokens=tokens, **options)
+
+    monkeypatch.setattr(plan_module, "null_space", spy)
+    plan_for(model, stats)
+    assert told == [entry.tokens for entry in stats.inputs] and told[0] > 0
