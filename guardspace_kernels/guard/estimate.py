@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -122,13 +123,11 @@ def estimate_preparation(
     workers = 1 if device.type == "cuda" else threads
     torch.set_num_threads(1 if workers > 1 else threads)
     try:
-        null = {d: _solve_seconds(d, lambda n, d=d: _null_space(n, tokens * n // d, device), device) for d in update  # type: ignore[misc]}
+        null = {d: _solve_seconds(d, partial(_null_space, d, tokens, device), device) for d in update}
         trailing = {
-            shape: _solve_seconds(
-                max(shape), lambda n, shape=shape: _trailing(shape, n, rank, device), device  # type: ignore[misc]
-            )
+            shape: _solve_seconds(max(shape), partial(_trailing, shape, rank, device), device)
             for shape in set(shapes.values())
-        }  # fmt: skip
+        }
     finally:
         torch.set_num_threads(threads)
     solves = sum(null[one.features] for one in inputs) + sum(trailing[shape] for shape in shapes.values())
@@ -174,14 +173,15 @@ def _covariance(d: int, tokens: int, device: torch.device) -> torch.Tensor:
     return x.T @ x
 
 
-def _null_space(d: int, tokens: int, device: torch.device) -> Callable[[], object]:
-    tokens = max(tokens, 2)
-    C, sinks = _covariance(d, tokens, device), torch.empty(0, d, device=device)
+def _null_space(d: int, tokens: int, device: torch.device, sample: int) -> Callable[[], object]:
+    """Of an input of d features, shrunk to ``sample`` of them."""
+    tokens = max(tokens * sample // d, 2)
+    C, sinks = _covariance(sample, tokens, device), torch.empty(0, sample, device=device)
     return lambda: null_space(C, sinks, tokens=tokens)
 
 
-def _trailing(shape: tuple[int, int], widest: int, rank: int, device: torch.device) -> Callable[[], object]:
-    """Of a layer of that shape, shrunk until its longer side is ``widest``."""
-    d_out, d_in = (max(1, round(n * widest / max(shape))) for n in shape)
+def _trailing(shape: tuple[int, int], rank: int, device: torch.device, sample: int) -> Callable[[], object]:
+    """Of a layer of that shape, shrunk until its longer side is ``sample``."""
+    d_out, d_in = (max(1, round(n * sample / max(shape))) for n in shape)
     W, C = torch.randn(d_out, d_in, device=device), _covariance(d_in, 2 * d_in, device)
     return lambda: trailing_subspace(W, DampedCovariance(C), min(rank, d_out, d_in))
