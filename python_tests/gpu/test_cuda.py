@@ -457,7 +457,7 @@ def logits(model, batch, device):
         return model.eval()(**batch).logits[batch["attention_mask"].bool()]
 
 
-def train(guarded, device, steps=20, autocast=False, **options):
+def train(guarded, device, steps=6, autocast=False, **options):
     """AdamW on random tokens; leaves the model in eval mode."""
     optimizer = torch.optim.AdamW([p for p in guarded.parameters() if p.requires_grad], lr=1e-2, **options)
     batch = {key: value.to(device) for key, value in batch_of().items()}
@@ -559,7 +559,7 @@ def test_from_statistics_to_a_plain_adapter(device, make, training, tmp_path):
     coarse = 1e-4 if dtype == torch.float32 else 5e-2
     assert relative_error(logits(guarded, batch_of(), device), before) < coarse
 
-    train(guarded, device, **options)
+    train(guarded, device, steps=20, **options)  # far enough to show in bfloat16
     free = gk.attach_guard(copy.deepcopy(base), plan_for(base, stats, projector=False, dropout=0.1))
     assert gk.certify(train(free, device, **options), stats).max_drift > 1e-2
     report = gk.certify(guarded, stats)
