@@ -1,6 +1,7 @@
 """``python -m benchmarks.bench_preparation``: statistics and plan of a whole model, against the paper's way.
 
-Each contestant runs in a process of its own: seconds, the largest resident set above the loaded model, bytes on disk.
+Each contestant runs in a process of its own: seconds, the largest resident set (VmHWM) above the loaded model, bytes on
+disk. ``python -m benchmarks.run --targets FILE`` judges what ``--out`` stores.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,12 @@ from guardspace_kernels.guard.layers import find_layers, linear_weight
 from . import baselines
 from .bench_training_step import _model
 from .run import table
-from .timing import environment, write_json
+from .timing import Row, environment, write_json
 
+OP = "preparation"
 RANK, PROMPTS, BATCH = 16, 120, 8
+#: Up to this width the paper's way solves every layer; of a wider model it solves one layer of each shape.
+SOLVE_ALL = 2048
 #: hidden, intermediate, blocks, heads, key-value heads; random weights and a small vocabulary.
 SHAPES = {
     "tiny": (24, 40, 2, 4, 2),
@@ -40,7 +44,10 @@ SHAPES = {
 }
 MODELS = ("SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.2-1B")
 CONTESTANTS = ("ours", "ours, a quarter of the memory", "paper's way")
-HEADER = ["model", "", "bare forward s", "collect s", "plan s", "memory above the model", "on disk", "estimate s"]
+HEADER = [
+    "model", "", "bare forward s", "collect s", "save s", "plan s", "memory above the model", "on disk",
+    "estimate / measured",
+]  # fmt: skip
 
 
 def build(name: str, blocks: int | None) -> nn.Module:
@@ -97,13 +104,13 @@ def run_contestant(name: str, contestant: str, blocks: int | None) -> dict[str, 
     rows = prompts(model.config.vocab_size, 6 if name == "tiny" else PROMPTS)
     batches = padded(rows)
 
-    def bare() -> None:
+    def bare(part: Sequence[dict[str, Tensor]] = batches) -> None:
         with evaluating(model):
-            for batch in batches:
+            for batch in part:
                 forward_batch(model, batch)
 
-    bare()
-    _, forward = _timed(bare)
+    bare(batches[:1])
+    _, first = _timed(bare)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +119,8 @@ def run_contestant(name: str, contestant: str, blocks: int | None) -> dict[str, 
         result = run(model, rows, batches, files, contestant)
         peak = _resident("VmHWM") - before
         sizes = [os.path.getsize(file) for file in files if os.path.exists(file)]
-    return {"forward": forward, "peak": peak, "disk": sum(sizes), **result}
+    _, last = _timed(bare)  # before and after, so that a machine that slows down slows both sides of the ratio
+    return {"forward": (first + last) / 2, "peak": peak, "disk": sum(sizes), **result}
 
 
 def _ours(
@@ -124,15 +132,13 @@ def _ours(
         widths = [entry.features for entry in _inputs(model)]
         budget = max(sum(4 * d * d for d in widths) // 4, 7 * max(widths) ** 2)  # at least the widest and its triangle
 
-    def collect() -> gk.CalibrationStatistics:
-        stats = gk.collect_statistics(model, batches, progress=False, max_memory=budget)
-        stats.save(files[0])
-        return gk.CalibrationStatistics.load(files[0]) if budget else stats
-
-    stats, collected = _timed(collect)
+    stats, collected = _timed(lambda: gk.collect_statistics(model, batches, progress=False, max_memory=budget))
+    _, saved = _timed(lambda: stats.save(files[0]))
+    if budget:
+        stats = gk.CalibrationStatistics.load(files[0])
     plan, planned = _timed(lambda: gk.plan_guard(model, stats, config, progress=False, max_memory=budget))
     plan.save(files[1])
-    return {"collect": collected, "plan": planned}
+    return {"collect": collected, "save": saved, "plan": planned}
 
 
 def _inputs(model: nn.Module) -> list[Any]:
@@ -146,10 +152,12 @@ def _paper(
 ) -> dict[str, Any]:
     """A covariance per layer, one prompt at a time; per layer an eigendecomposition, an inverse and a full SVD.
 
-    Layers of one shape take the same time: where a model has many, one of each is solved and the time multiplied.
+    Of a wide model one layer of each shape is solved and its time multiplied (``one_per_shape``); ``kept`` are the
+    bytes of the projectors that were then not formed.
     """
     layers = find_layers(model)
-    C = {name: torch.zeros(linear_weight(m).shape[1], linear_weight(m).shape[1]) for name, m in layers.items()}
+    weights = {name: linear_weight(module).detach() for name, module in layers.items()}
+    C = {name: torch.zeros(W.shape[1], W.shape[1]) for name, W in weights.items()}
 
     def hook(name: str) -> Callable[..., None]:
         return lambda _module, args: baselines.cov_paper_hook(C[name], args[0].reshape(-1, args[0].shape[-1]))
@@ -162,34 +170,49 @@ def _paper(
         for handle in handles:
             handle.remove()
 
-    _, collected = _timed(collect)
-    shapes = Counter(tuple(linear_weight(module).shape) for module in layers.values())
-    seconds = 0.0
     rank = 2 if len(rows) < PROMPTS else RANK
-    projectors = 0
-    for shape, count in shapes.items():
-        name = next(n for n, module in layers.items() if tuple(linear_weight(module).shape) == shape)
-        weight, C_of = linear_weight(layers[name]).detach(), C[name]
-        _, null = _timed(lambda C_of=C_of: baselines.null_space_paper(C_of))  # type: ignore[misc]
-        _, start = _timed(lambda w=weight, C_of=C_of: baselines.trailing_paper(w, C_of, rank))  # type: ignore[misc]
-        once = null + start
-        seconds += count * once
-        projectors += count * 4 * shape[1] ** 2
-    covariances = sum(c.nbytes for c in C.values())
-    # The projectors of all layers are kept beside the covariances until the adapters are built, and both are saved.
-    return {"collect": collected, "plan": seconds, "disk": covariances + projectors, "one_per_shape": True,
-            "kept": projectors}  # fmt: skip
+    projectors = []  # of all layers: kept beside the covariances until the adapters are built, and saved like them
+
+    def solve(name: str) -> None:
+        projectors.append(baselines.null_space_paper(C[name]))
+        baselines.trailing_paper(weights[name], C[name], rank)
+
+    _, collected = _timed(collect)
+    one_per_shape = max(W.shape[1] for W in weights.values()) > SOLVE_ALL
+    of_shape: dict[tuple[int, ...], list[str]] = {}
+    for name, W in weights.items():
+        of_shape.setdefault(tuple(W.shape), []).append(name)
+    seconds = 0.0
+    for names in of_shape.values():
+        solved = [names[len(names) // 2]] if one_per_shape else names
+        seconds += sum(_timed(partial(solve, name))[1] for name in solved) * len(names) / len(solved)
+    matrices = sum(c.nbytes for c in C.values())
+    return {
+        "collect": collected, "plan": seconds, "disk": 2 * matrices, "one_per_shape": one_per_shape,
+        "kept": matrices - sum(P.nbytes for P in projectors),
+    }  # fmt: skip
 
 
 def _run_in_process(name: str, contestant: str, blocks: int | None) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.bench_preparation", "--child", name, contestant]
     if blocks:
         command += ["--blocks", str(blocks)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    here = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{contestant} on {name} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {"model": name, "contestant": contestant, "blocks": blocks, **result}
+    return row(name, contestant, blocks, json.loads(done.stdout.splitlines()[-1]))
+
+
+def row(name: str, contestant: str, blocks: int | None, measured: dict[str, Any]) -> Row:
+    """In the form of every other result; ``hidden`` and ``intermediate`` tell which target holds."""
+    hidden, intermediate, depth, *_ = SHAPES.get(name, (576, 1536, 30))
+    shape = {
+        "model": name, "hidden": hidden, "intermediate": intermediate, "blocks": blocks or depth, "r": RANK,
+        "dtype": "float32",
+    }  # fmt: skip
+    seconds = measured["collect"] + measured["plan"]
+    return {"op": OP, "shape": shape, "contestant": contestant, "refused": None, "seconds": seconds, **measured}
 
 
 def _estimate(name: str, blocks: int | None) -> Estimate:
@@ -210,20 +233,21 @@ def _size(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def rows_of(results: list[dict[str, Any]]) -> list[list[str]]:
+def rows_of(rows: list[Row]) -> list[list[str]]:
     lines = []
-    for r in results:
-        guess = r.get("estimate")
-        peak = r.get("peak", 0) + r.get("kept", 0)
+    for r in rows:
+        guess, shape = r.get("estimate"), r["shape"]
+        whole = SHAPES.get(shape["model"], (0, 0, shape["blocks"]))[2] == shape["blocks"]
         lines.append([
-            r["model"] + (f", {r['blocks']} blocks" if r.get("blocks") else ""),
+            shape["model"] + ("" if whole else f", {shape['blocks']} blocks"),
             r["contestant"],
-            f"{r['forward']:.3g}" if "forward" in r else "–",
-            f"{r['collect']:.3g} ({r['collect'] / r['forward']:.2f}×)" if "forward" in r else "–",
-            (f"{r['plan']:.3g}" + ("*" if r.get("one_per_shape") else "")) if "plan" in r else "–",
-            _size(peak) if peak else "–",
-            _size(r["disk"]) if "disk" in r else "–",
-            f"{guess['collect']:.3g} + {guess['plan']:.3g}" if guess else "",
+            f"{r['forward']:.3g}",
+            f"{r['collect']:.3g} ({r['collect'] / r['forward']:.2f}×)",
+            f"{r['save']:.3g}" if "save" in r else "–",
+            f"{r['plan']:.3g}" + ("*" if r.get("one_per_shape") else ""),
+            _size(r["peak"] + r.get("kept", 0)),
+            _size(r["disk"]),
+            ", ".join(f"{key} {guess[key] / r[key]:.2f}" for key in guess) if guess else "",
         ])  # fmt: skip
     return lines
 
@@ -248,15 +272,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if guess is not None:
             print(f"{name}: {guess}\n", flush=True)
         for contestant in [] if args.estimate_only else args.contestant:
-            row = _run_in_process(name, contestant, blocks)
+            measured = _run_in_process(name, contestant, blocks)
             if guess is not None and contestant == "ours":
-                row["estimate"] = {"collect": guess.collect_seconds, "plan": guess.plan_seconds}
-            result["rows"].append(row)
+                measured["estimate"] = {"collect": guess.collect_seconds, "plan": guess.plan_seconds}
+            result["rows"].append(measured)
             print(table(HEADER, rows_of(result["rows"]), True) + "\n", flush=True)
             if args.out:
                 write_json(args.out, result)
-    if any(row.get("one_per_shape") for row in result["rows"]):
-        print("* one layer of each shape was solved, and its time multiplied by their number")
+    if any(one.get("one_per_shape") for one in result["rows"]):
+        print("* extrapolated from one layer per shape; the projectors not formed are added to the memory")
     return 0
 
 

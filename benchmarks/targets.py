@@ -10,7 +10,7 @@ from typing import Any
 from .timing import Row, label
 
 Values = dict[str, float]  # shape -> value
-_STEP = "training_step"
+_STEP, _PREPARATION = "training_step", "preparation"
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -30,6 +30,7 @@ class Target:
     value: Callable[[dict[str, Row], str], float]
     wanted: float
     at_least: bool = True
+    unit: str = "×"
 
     def values(self, rows: list[Row], ours: str = "ours") -> Values:
         """By shape; shapes where a contestant is missing or was refused are left out."""
@@ -90,6 +91,20 @@ def _dtype(dtype: str) -> Callable[[dict[str, Any]], bool]:
     return lambda shape: shape["dtype"] == dtype
 
 
+def _preparation(wide: bool | None = None) -> Callable[[dict[str, Any]], bool]:
+    """In a wide model the eigendecompositions of the down-projections' inputs, which both ways need, take longest."""
+    return lambda shape: wide is None or (shape["intermediate"] >= 4 * shape["hidden"]) == wide
+
+
+def _plan_speedup(rows: dict[str, Row], ours: str) -> float:
+    return rows["paper's way"]["plan"] / rows[ours]["plan"]
+
+
+def _preparation_memory(rows: dict[str, Row], ours: str) -> float:
+    naive = rows["paper's way"]
+    return rows[f"{ours}, a quarter of the memory"]["peak"] / (naive["peak"] + naive["kept"])
+
+
 def _matrix(shape: dict[str, Any]) -> bool:
     return "d" in shape
 
@@ -128,6 +143,15 @@ def targets() -> list[Target]:
           for d, wanted in zip(both, (1.05, 1.08), strict=True)),
         *(Target(f"SmolLM2 step {d}", "naive GuardSpace", _STEP, _dtype(d), _speedup("naive GuardSpace"), wanted)
           for d, wanted in zip(both, (1.7, 1.9), strict=True)),
+        Target("collecting statistics", "a bare forward", _PREPARATION, _preparation(),
+               lambda rows, ours: rows[ours]["collect"] / rows[ours]["forward"], 1.25, False),
+        Target("seconds of the plan of SmolLM2", "–", _PREPARATION, lambda shape: shape["model"] == "SmolLM2-135M",
+               lambda rows, ours: rows[ours]["plan"], 8.0, False, " s"),
+        Target("plan of a model", "the paper's way", _PREPARATION, _preparation(wide=False), _plan_speedup, 3.5),
+        Target("plan of a model with wide down-projections", "the paper's way", _PREPARATION, _preparation(wide=True),
+               _plan_speedup, 2.5),
+        Target("memory of a preparation under a budget", "the paper's way", _PREPARATION, _preparation(),
+               _preparation_memory, 0.25, False),
         *(Target(f"saved for backward, {what} {d}", "plain PEFT LoRA", op, where(d), _saved, 1.0, False)
           for what, op, where in (("LoRA layer", lora, _long), ("a layer of SmolLM2", _STEP, _dtype)) for d in both),
     ]  # fmt: skip
@@ -145,13 +169,13 @@ def report(rows: list[Row]) -> list[list[str]]:
     lines = []
     for target in targets():
         values, sign = target.values(rows), "≥" if target.at_least else "≤"
-        wanted = f"{sign} {target.wanted:g}×"
+        wanted, unit = f"{sign} {target.wanted:g}{target.unit}", target.unit
         if values:
             pick = min if target.at_least else max
             worst = pick(values, key=lambda shape: values[shape])
             virtual = target.values(rows, "ours, virtual")
-            measured = [f"{geometric_mean(values.values()):.2f}×", f"{values[worst]:.2f}× ({worst})"]
-            measured.append(f"{geometric_mean(virtual.values()):.2f}×" if virtual else "–")
+            measured = [f"{geometric_mean(values.values()):.2f}{unit}", f"{values[worst]:.2f}{unit} ({worst})"]
+            measured.append(f"{geometric_mean(virtual.values()):.2f}{unit}" if virtual else "–")
         else:
             measured = ["–", "–", "–"]
         verdict = {True: "met", False: "missed", None: "not measured"}[target.met(rows)]

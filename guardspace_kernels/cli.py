@@ -26,8 +26,16 @@ def _parser() -> argparse.ArgumentParser:
         "the share of dimensions that is left to learn with (on average and at least) and which part of a calibration "
         "input stays unprotected. Needs no model.",
     )
-    inspect.add_argument("statistics", help="file of CalibrationStatistics.save")
+    inspect.add_argument(
+        "statistics", nargs="+", help="file of guardspace collect; several are parts that are merged one by one"
+    )
+    inspect.add_argument(
+        "--heldout", metavar="FILE", help="statistics on other harmful prompts: how well protection carries over"
+    )
+    inspect.add_argument("--task", metavar="FILE", help="statistics on prompts of the task: how much of it is in reach")
+    inspect.add_argument("--rank", type=int, default=16, help="of the adapter, for the advice (default: %(default)s)")
     inspect.add_argument("--json", metavar="FILE", help="also write the curve of every layer input as JSON")
+    inspect.add_argument("--png", metavar="FILE", help="also draw it (needs matplotlib)")
 
     _add_collect(commands)
     _add_plan(commands)
@@ -190,9 +198,18 @@ def _inspect(options: argparse.Namespace) -> int:
     from guardspace_kernels.guard.statistics import CalibrationStatistics
 
     try:
-        report = inspect_statistics(CalibrationStatistics.load(options.statistics))
+        heldout, task = (path and CalibrationStatistics.load(path) for path in (options.heldout, options.task))
+        parts = [CalibrationStatistics.load(path) for path in options.statistics]
+        report = inspect_statistics(parts, task=task, heldout=heldout, rank=options.rank)
         if options.json:
             report.save(options.json)
+        if options.png:
+            from guardspace_kernels.guard.inspection_figure import draw
+
+            draw(report, options.png)
+    except ModuleNotFoundError as error:
+        print(f"guardspace inspect: --png needs {error.name}: pip install matplotlib", file=sys.stderr)
+        return 2
     except (OSError, ValueError) as error:
         print(f"guardspace inspect: {error}", file=sys.stderr)
         return 2

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
-from guard_helpers import MODELS, PROMPTS, collect, hand_made
+from guard_helpers import MODELS, PROMPTS, batch_of, collect, hand_made
 
 from guardspace_kernels.cli import main
 from guardspace_kernels.guard.inspection import LEVELS, inspect_statistics
@@ -91,3 +92,73 @@ def test_command_says_that_it_cannot_write(stats, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["inspect", str(tmp_path / "s.safetensors"), "--json", str(tmp_path / "file" / "r.json")]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("guardspace inspect: ")
+
+
+def test_other_statistics_from_activations_of_our_own():
+    model = MODELS["llama"]()
+    other = [[30, 31, 32, 33, 34], [35, 36, 37]]
+    parts = [collect(model, [batch_of(PROMPTS[:1])]), collect(model, [batch_of(PROMPTS[1:2])])]
+    parts.append(collect(model, [batch_of(PROMPTS[2:])]))
+    seen = collect(model, [batch_of(other)])
+    report = inspect_statistics(parts, task=seen, heldout=seen, rank=1, progress=False)
+    made, unseen = hand_made(model, PROMPTS, seen.layers), hand_made(model, other, seen.layers)
+    for one in report.inputs:
+        X, Y = made[one.layers[0]][0], unseen[one.layers[0]][0]
+        directions = torch.linalg.svd(X, full_matrices=False).Vh
+        for level, protected in enumerate(one.protected):
+            Q = directions[:protected]
+            share = float((Y - Y @ Q.T @ Q).square().sum() / Y.square().sum())
+            assert one.task[level] == pytest.approx(share, rel=1e-3)
+            assert one.heldout[level] == pytest.approx(share**0.5, rel=1e-3)
+    assert [prompts for prompts, _ in report.prompt_curve] == [1, 2, 5]
+    at = LEVELS.index(report.recommended)
+    first = []
+    for layers in (one.layers for one in report.inputs):
+        X, Y = hand_made(model, PROMPTS[:1], seen.layers)[layers[0]][0], unseen[layers[0]][0]
+        values, directions = torch.linalg.svd(X, full_matrices=False)[1:]
+        held = values.square().cumsum(0) / values.square().sum()
+        Q = directions[: int((held < LEVELS[at]).sum()) + 1]
+        first.append(float(((Y - Y @ Q.T @ Q).square().sum() / Y.square().sum()).sqrt()))
+    assert report.prompt_curve[0][1] == pytest.approx(sum(first) / len(first), rel=1e-3)
+    assert "held-out" in str(report) and "in reach" not in str(report) and "prompts" in report.enough_prompts()
+
+
+def test_the_advice(stats):
+    report = inspect_statistics(stats, rank=1, progress=False)
+    at = LEVELS.index(report.recommended)
+    assert report.free(at) >= 1 / 3 and (at + 1 == len(LEVELS) or report.free(at + 1) < 1 / 3)
+    narrow = min(one.features - one.protected[0] for one in report.inputs)
+    assert inspect_statistics(stats, rank=narrow, progress=False).recommended is not None
+    hopeless = inspect_statistics(stats, rank=narrow + 1, progress=False)
+    assert hopeless.recommended is None and "lower the rank" in str(hopeless)
+    for curve, words in (
+        ([(10, 0.5), (20, 0.44)], "lowered it by 12%: more prompts would help"),
+        ([(10, 0.5), (15, 0.47), (20, 0.46)], "lowered it by 8% only: enough prompts"),
+        ([(15, 0.5), (20, 0.46)], "give parts of half as many prompts"),
+    ):
+        report.prompt_curve = curve
+        assert words in str(report)
+
+
+def test_statistics_of_another_model_are_refused(stats):
+    with pytest.raises(ValueError, match="the statistics given as task belong to another model"):
+        inspect_statistics(stats, task=collect(MODELS["llama"](seed=1)), progress=False)
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_the_figure(stats, others, tmp_path, capsys):
+    paths = [tmp_path / name for name in ("a", "b", "c.png")]
+    stats.save(paths[0])
+    collect(MODELS["llama"](), [batch_of([[30, 31, 32], [33, 34]])]).save(paths[1])
+    extra = ["--task", str(paths[1]), "--heldout", str(paths[1])] if others else []
+    command = ["inspect", str(paths[0]), *([str(paths[0])] if others else []), *extra, "--rank", "1"]
+    assert main([*command, "--png", str(paths[2])]) == 0
+    assert paths[2].read_bytes()[:4] == b"\x89PNG" and "recommended: protect=" in capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_figure_needs_matplotlib(stats, tmp_path, capsys, monkeypatch):
+    stats.save(tmp_path / "s")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["inspect", str(tmp_path / "s"), "--png", str(tmp_path / "f.png")]) == 2
+    assert "--png needs matplotlib" in capsys.readouterr().err
