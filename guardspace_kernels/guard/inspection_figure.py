@@ -106,7 +106,7 @@ def _others(axes: Any, report: Inspection) -> None:
         held = [report.mean("heldout", i) for i in x]
         axes.plot(x, held, color=_COLOURS[0], linewidth=2, label="held-out harmful prompts: |Px|/|x|")
         if report.recommended is not None:
-            titles.append(f"{held[report.levels.index(report.recommended)]:.2f} of a held-out input is outside")
+            titles.append(f"held-out {held[report.levels.index(report.recommended)]:.2f} outside")
         for prompts, value in report.prompt_curve:
             at = report.levels.index(report.recommended or report.levels[0])
             axes.plot([at], [value], marker="o", markersize=4, color=_COLOURS[0])
@@ -115,7 +115,7 @@ def _others(axes: Any, report: Inspection) -> None:
         share = [report.mean("task", i) for i in x]
         axes.plot(x, share, color=_COLOURS[1], linewidth=2, label="task: share of the energy in reach")
         if report.recommended is not None:
-            titles.append(f"{share[report.levels.index(report.recommended)]:.0%} of the task in reach")
+            titles.append(f"task {share[report.levels.index(report.recommended)]:.0%} in reach")
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("share outside the protected directions", color=_INK)
-    axes.set_title("; ".join(titles), fontsize=11, color=_INK, loc="left")
+    axes.set_title(f"At {report.recommended:g}: {', '.join(titles)}" if titles else "", fontsize=11, color=_INK, loc="left")
