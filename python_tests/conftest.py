@@ -8,6 +8,9 @@ import pytest
 import setuptools  # noqa: F401  # before distutils is, or torch's inductor cannot import it in the same process
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._device import _device_constructors
+
+_device_constructors()  # remembered once: torch.device("meta") must know torch.empty itself, not the one poisoned below
 
 
 @pytest.fixture(autouse=True)
