@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._device import _device_constructors
 
-_device_constructors()  # remembered once: torch.device("meta") must know torch.empty itself, not the one poisoned below
+_device_constructors()  # remembered: torch.device("meta") must know torch.empty itself, not the one poisoned below
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,8 @@ LAYERS = {
     "integrations": 4,
     "demo": 5,
     "env_report": 5,
-    "cli": 6, "commands": 6,
+    "cli": 6,
+    "commands": 6,
     "__main__": 7,
 }
 FACADE = {"__main__", "cli", "demo", "env_report"}  # may import guardspace_kernels itself, as any user

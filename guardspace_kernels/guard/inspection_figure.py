@@ -118,4 +118,6 @@ def _others(axes: Any, report: Inspection) -> None:
             titles.append(f"task {share[report.levels.index(report.recommended)]:.0%} in reach")
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("share outside the protected directions", color=_INK)
-    axes.set_title(f"At {report.recommended:g}: {', '.join(titles)}" if titles else "", fontsize=11, color=_INK, loc="left")
+    axes.set_title(
+        f"At {report.recommended:g}: {', '.join(titles)}" if titles else "", fontsize=11, color=_INK, loc="left"
+    )
