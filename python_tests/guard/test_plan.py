@@ -1,7 +1,7 @@
 import copy
 import dataclasses
 import json
-import time
+import threading
 
 import pytest
 import torch
@@ -396,32 +396,47 @@ def test_planning_changes_nothing_and_leaves_the_thread_count(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("budget", [1, "1MB", None])
-def test_solves_keep_to_a_memory_budget(budget, monkeypatch):
-    model, running, most = tiny_llama(), [], [0]
+def solved_within(budget, monkeypatch, workers=4, meet=1):
+    """The most bytes and the most solves at once of a plan under that budget; ``meet`` solves wait for each other."""
+    model, running, lock = tiny_llama(), [], threading.Lock()
     stats = collect(model)
     whole = plan_for(model, stats)
+    most, together = [0, 0], threading.Barrier(meet, timeout=60)
     null_space = plan_module.null_space
 
     def watched(covariance, *args, **kwargs):
-        running.append(len(covariance))
-        most[0] = max(most[0], len(running))
-        time.sleep(0.02)
+        with lock:
+            running.append(len(covariance))
+            most[0] = max(most[0], sum(plan_module.solve_bytes(d, d * 32) for d in running))  # at least that
+            most[1] = max(most[1], len(running))
+        together.wait()
         result = null_space(covariance, *args, **kwargs)
-        running.pop()
+        with lock:
+            running.remove(len(covariance))
         return result
 
     monkeypatch.setattr(plan_module, "null_space", watched)
     threads = torch.get_num_threads()
-    torch.set_num_threads(4)
+    torch.set_num_threads(workers)
     try:
         plan = gk.plan_guard(model, stats, whole.config, progress=False, max_memory=budget)
     finally:
         torch.set_num_threads(threads)
     assert plan.fingerprint == whole.fingerprint
-    assert most[0] == (1 if budget == 1 else 4 if budget is None else most[0])
+    return most
+
+
+def test_without_a_budget_every_worker_solves(monkeypatch):
+    assert solved_within(None, monkeypatch, meet=4)[1] == 4  # eight inputs: they meet twice, or the barrier breaks
+
+
+def test_solves_keep_to_a_memory_budget(monkeypatch):
+    assert solved_within(1, monkeypatch)[1] == 1
+    two_wide = 2 * plan_module.solve_bytes(48, 32 * 48)
+    size, _ = solved_within(two_wide, monkeypatch)
+    assert size <= two_wide
     with pytest.raises(ValueError, match='max_memory must be a number of bytes such as "4GB"'):
-        gk.plan_guard(model, stats, max_memory="much")
+        gk.plan_guard(tiny_llama(), collect(tiny_llama()), max_memory="much")
 
 
 def test_the_solver_is_told_how_many_tokens_there_were(monkeypatch):
