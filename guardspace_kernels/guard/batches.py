@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from guardspace_kernels.guard.layers import base_model, is_sharded
+from guardspace_kernels.guard.layers import base_model
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -91,10 +91,8 @@ def with_answers(model: Any, batch: Batch, answer_tokens: int) -> dict[str, torc
     ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     pad = getattr(config, "pad_token_id", None)
     pad = pad if pad is not None else (ends[0] if ends else 0)
-    # Processes whose answers have ended go on with the others, which need them.
-    together = {"synced_gpus": True} if is_sharded(model) else {}
     whole = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=answer_tokens, do_sample=False, pad_token_id=pad, **together
+        input_ids=ids, attention_mask=mask, max_new_tokens=answer_tokens, do_sample=False, pad_token_id=pad
     )
     answer = whole[:, ids.shape[1] :]
     ended = torch.isin(answer, torch.tensor(ends, device=answer.device)) if ends else torch.zeros_like(answer).bool()

@@ -111,7 +111,10 @@ def sharded_ranks(folder, rank):
     stats.all_reduce().save(folder / f"rank{rank}")
     plan = plan_collection(model, mine, max_memory=BUDGET, **FLOAT64)
     assert len(plan.passes) > 1 and not plan.replay
+    ended = []
+    model.register_forward_hook(lambda *_: ended.append(1))
     assert_same_bits(stats, collect(model, mine, max_memory=BUDGET, **FLOAT64))
+    assert len(ended) == 1 + len(plan.passes) * len(mine)  # no forward is left early
     with pytest.raises(
         TypeError, match=r"model is sharded \(fully_shard\).* plan in one process with an unsharded copy"
     ):
@@ -283,6 +286,14 @@ def test_weights_that_accelerate_loads_with_their_block(block, tmp_path):
     stats = collect(model, max_memory=BUDGET // 2)
     assert_same_bits(stats, collect(tiny_llama()))
     assert plan_for(model, stats).fingerprint == plan_for(tiny_llama(), stats).fingerprint
+
+
+def test_offloaded_weights_take_the_dtype_that_the_model_was_given_since(tmp_path):
+    model = accelerate.dispatch_model(tiny_llama(), OFFLOADED["all"], offload_dir=tmp_path).bfloat16()
+    plain = tiny_llama(dtype=torch.bfloat16)
+    stats = collect(model)
+    assert_same_bits(stats, collect(plain))
+    assert plan_for(model, stats).fingerprint == plan_for(plain, stats).fingerprint
 
 
 def test_another_model_offloaded_is_refused(tmp_path):
