@@ -68,17 +68,20 @@ def first_tokens(mask: torch.Tensor) -> torch.Tensor:
     return first
 
 
-def with_answers(model: nn.Module, batch: Batch, answer_tokens: int) -> dict[str, torch.Tensor]:
+def check_answerable(model: nn.Module, batch: Batch) -> None:
+    extra = sorted(set(batch) - {"input_ids", "attention_mask", "labels"})
+    if extra or "input_ids" not in batch:
+        raise ValueError(f"answer_tokens needs batches of input_ids and attention_mask alone, got also {extra}")
+    if not callable(getattr(model, "generate", None)):
+        raise TypeError(f"answer_tokens needs a model with .generate(), got {type(model).__name__}")
+
+
+def with_answers(model: Any, batch: Batch, answer_tokens: int) -> dict[str, torch.Tensor]:
     """The batch with the first tokens of the model's own greedy answers appended, padded on the left.
 
     An answer ends with its first end-of-sequence token; what follows it is masked.
     """
-    extra = sorted(set(batch) - {"input_ids", "attention_mask", "labels"})
-    if extra or "input_ids" not in batch:
-        raise ValueError(f"answer_tokens needs batches of input_ids and attention_mask alone, got also {extra}")
-    generate = getattr(model, "generate", None)
-    if not callable(generate):
-        raise TypeError(f"answer_tokens needs a model with .generate(), got {type(model).__name__}")
+    check_answerable(model, batch)
     ids = batch["input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids)).long()
     order = mask.argsort(dim=1, stable=True)
@@ -88,7 +91,7 @@ def with_answers(model: nn.Module, batch: Batch, answer_tokens: int) -> dict[str
     ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     pad = getattr(config, "pad_token_id", None)
     pad = pad if pad is not None else (ends[0] if ends else 0)
-    whole = generate(
+    whole = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=answer_tokens, do_sample=False, pad_token_id=pad
     )
     answer = whole[:, ids.shape[1] :]
@@ -131,4 +134,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def to_device(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     device = next(model.parameters()).device
+    if device.type == "meta":  # accelerate offloaded it, and moves what the model is called with
+        return dict(batch)
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from guardspace_kernels.guard.batches import (
     Batch,
+    check_answerable,
     check_ids,
     checked_mask,
     evaluating,
@@ -29,7 +30,15 @@ from guardspace_kernels.guard.batches import (
     with_answers,
 )
 from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tensors
-from guardspace_kernels.guard.layers import ModelFingerprint, find_layers, linear_weight, tensor_fingerprint
+from guardspace_kernels.guard.layers import (
+    ModelFingerprint,
+    find_layers,
+    is_sharded,
+    linear_weight,
+    tensor_fingerprint,
+    unwrapped,
+)
+from guardspace_kernels.guard.lockstep import Lockstep
 from guardspace_kernels.guard.passes import (
     CollectionPlan,
     LayerInput,
@@ -69,6 +78,10 @@ class _Input:
         triangle, tokens = self.triangle().read(), int(self.accumulator.tokens)
         del self.accumulator
         return InputStatistics(self.layers, triangle, tokens, self.sinks, self.sink_tokens)
+
+    def to(self, device: torch.device) -> None:
+        self.accumulator.to(device)
+        self.sinks = self.sinks.to(device)
 
     def read(self, x: torch.Tensor) -> bool:
         """Whether x is the very tensor this input was last updated with."""
@@ -150,6 +163,7 @@ class _Collector:
 
     def update(self, name: str, mine: _Input, x: torch.Tensor) -> None:
         mine.tensor, mine.version = weakref.ref(x), _version(x)
+        mine.to(x.device)
         rows = x
         if x.shape[:-1] != self.mask.shape:
             # Prompts flattened to (rows, d) keep the mask's order; other shapes, as (tokens, prompts, d), may not.
@@ -234,6 +248,8 @@ class _Checkpoint:
         """What is in the file, left there."""
         assert self.path is not None
         tensors, header = open_tensors(self.path, self.KIND)
+        if header["batches"] != self.batches:
+            raise ValueError(f"another process wrote {self._name()}; give each process a file of its own")
         return [
             InputStatistics(names, tensors[f"{i}.covariance"], tokens, tensors[f"{i}.sinks"].read(), sink_tokens)
             for i, (names, tokens, sink_tokens, _) in enumerate(header["inputs"])
@@ -271,9 +287,8 @@ class _Checkpoint:
         self.fingerprint.check(ModelFingerprint(**header["fingerprint"]), f"the statistics in {self._name()}")
         for i, (names, tokens, sink_tokens, first_batch) in enumerate(header["inputs"]):
             sinks = tensors[f"{i}.sinks"].read()
-            device = linear_weight(self.collector.layers[names[0]]).device
-            one = _Input(sinks.shape[1], sinks.dtype, device, first_batch)
-            one.layers, one.sinks, one.sink_tokens = names, sinks.to(device), sink_tokens
+            one = _Input(sinks.shape[1], sinks.dtype, sinks.device, first_batch)  # it follows its first tensor
+            one.layers, one.sinks, one.sink_tokens = names, sinks, sink_tokens
             one.accumulator.lower.copy_(unpacked(tensors[f"{i}.covariance"].read()))
             one.accumulator.tokens.fill_(tokens)
             self.collector.inputs.append(one)
@@ -341,7 +356,8 @@ class _Scout(_Collector):
 def distinct_inputs(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[LayerInput]:
     """Which of the layers read the same tensor, from a forward of a few tokens; of a model on the meta device too."""
     scout = _Scout(layers, blocks_of(model, list(layers)))
-    device = next(model.parameters()).device
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads as the forward goes
+    device = torch.device("cpu") if offloaded else next(model.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(scout.counting(torch.ones(1, 4, dtype=torch.bool)))
@@ -360,11 +376,9 @@ def _scouted(
     scout = _Scout(layers, blocks)
     replay = Replay(blocks)
     replay.begin(0, len(blocks) // 2)
-    # Sharded modules run collectives that every process must reach.
-    sharded = any(hasattr(module, "unshard") for module in model.modules())
     with replay.run(0), scout.counting(mask):
         forward_batch(model, batch)
-    once = sorted(scout.called) == sorted(layers) and not sharded
+    once = sorted(scout.called) == sorted(layers) and not is_sharded(model)  # whose forwards must end everywhere
     in_order = len(blocks) > 1 and scout.begun == list(range(len(blocks)))
     results = [result for result in scout.results if result is not None]
     if not (once and in_order and len(results) == len(blocks)):
@@ -391,8 +405,31 @@ def plan_collection(
     max_memory: int | str | None = None,
 ) -> CollectionPlan:
     """What :func:`collect_statistics` would do with these arguments, from a forward of the first batch."""
+    model, lockstep = unwrapped(model), Lockstep(unwrapped(model))
     with evaluating(model):
-        return _planned(model, find_layers(model, target_modules), batches, answer_tokens, dtype, max_memory)[0]
+        layers = find_layers(model, target_modules)
+        batches = _check_all(model, batches, answer_tokens, lockstep)
+        return _planned(model, layers, batches, answer_tokens, dtype, max_memory)[0]
+
+
+def _check(model: nn.Module, batch: Batch, index: int, answer_tokens: int) -> None:
+    checked_mask(batch, index)
+    check_ids(model, batch, index)
+    if answer_tokens:
+        check_answerable(model, batch)
+
+
+def _check_all(model: nn.Module, batches: Iterable[Batch], answer_tokens: int, lockstep: Lockstep) -> list[Batch]:
+    """The batches as a list, looked at before the first forward."""
+    with lockstep.step():
+        batches = list(batches)
+        for index, batch in enumerate(batches):
+            _check(model, batch, index, answer_tokens)
+        if not batches:
+            raise ValueError(_NO_PROMPT)
+    advice = "divide the prompts among as many batches on every rank; their sizes may differ"
+    lockstep.agree("batches", len(batches), advice)
+    return batches
 
 
 def _planned(
@@ -404,10 +441,7 @@ def _planned(
     max_memory: int | str | None,
 ) -> tuple[CollectionPlan, Replay | None, bool]:
     budget = parse_bytes("max_memory", max_memory)
-    if not batches:
-        raise ValueError(_NO_PROMPT)
     tokens = sum(mask.shape[0] * (mask.shape[1] + answer_tokens) for mask in map(checked_mask, batches, count()))
-    check_ids(model, batches[0], 0)
     inputs, replay, per_token, once = _scouted(model, layers, to_device(model, batches[0]))
     plan = plan_passes(inputs, dtype, budget, per_token * tokens if replay else None)
     return plan, replay if plan.replay else None, once
@@ -434,6 +468,9 @@ def collect_statistics(
 
     Args:
         model: the aligned base model, without adapters. It is run in eval mode and left in the mode it was in.
+            DistributedDataParallel is unwrapped. With a model sharded by ``fully_shard`` every process makes this call,
+            each with prompts of its own in as many batches; parameters are gathered one by one for the fingerprint.
+            Layers that accelerate offloaded, to memory or disk, are loaded by its hooks.
         batches: mappings passed as ``model(**batch)``: ``input_ids`` and, where there is padding,
             ``attention_mask`` (prompts, tokens); any batch sizes. Use harmful requests that the model refuses,
             through its chat template.
@@ -445,8 +482,9 @@ def collect_statistics(
         dtype: of C: float32 or float64 (for ``rule="paper"``, whose threshold float32 hardly resolves).
         progress: show a progress bar.
         checkpoint: a file that holds the state after every ``checkpoint_every`` batches (the size of the statistics
-            themselves, so choose a larger number for a large model). If it exists, those batches are not run again:
-            the same call with the same batches goes on, and ends with the same bits as an uninterrupted one.
+            themselves, so choose a larger number for a large model); each process needs its own. If it exists, those
+            batches are not run again: the same call with the same batches goes on, and ends with the same bits as an
+            uninterrupted one.
         max_memory: bytes, or a text such as "4GB", that the covariances may take while they are accumulated. What does
             not fit waits for further passes, which start from the outputs of the block where the last one ended if the
             model is a plain chain of blocks, else from the beginning; all batches are then held in memory. Finished
@@ -459,6 +497,8 @@ def collect_statistics(
     Raises:
         TypeError, ValueError: an unusable model, dtype or batch (empty, all padding, shapes that differ), or a
             non-finite activation; the message names batch and layer. Hooks are removed whatever happens.
+        RuntimeError: another process of a sharded model raised one of these. Only an error within a forward, such as a
+            lack of memory, leaves the others waiting there; ``torchrun`` ends them.
 
     Source: GuardSpace (arXiv 2510.14301), the covariances of its sections on both subspaces.
     """
@@ -468,14 +508,18 @@ def collect_statistics(
         raise ValueError(f"answer_tokens must be 0 or more, got {answer_tokens}")
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be 1 or more, got {checkpoint_every}")
+    model = unwrapped(model)
+    lockstep = Lockstep(model)
     layers = find_layers(model, target_modules)
+    if max_memory is not None or lockstep.sharded:
+        batches = _check_all(model, batches, answer_tokens, lockstep)
     fingerprint = ModelFingerprint.of(model, list(layers))
     options = {"answer_tokens": answer_tokens, "separate_sink": separate_sink, "dtype": str(dtype)}
     passes, replay, once = [list(layers)], None, False
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if max_memory is not None:
-            batches = list(batches)
+            assert isinstance(batches, list)
             plan, replay, once = _planned(model, layers, batches, answer_tokens, dtype, max_memory)
             passes = [[name for one in part for name in one.layers] for part in plan.passes]
             starts = [min(one.after for one in part) for part in plan.passes]
@@ -494,18 +538,19 @@ def collect_statistics(
                 path, every = os.path.join(folder, str(number)), sys.maxsize
             elif several and checkpoint is not None:
                 path = f"{os.fspath(checkpoint)}.{number}"
-            state = _Checkpoint(
-                path, collector, fingerprint, {**options, "layers": f"{len(names)} from {names[0]} to {names[-1]}"}
-            )
+            about = {**options, "layers": f"{len(names)} from {names[0]} to {names[-1]}"}
+            with lockstep.step():
+                state = _Checkpoint(path, collector, fingerprint, about)
+            lockstep.agree("batches in their checkpoints", state.resumed, "delete the checkpoints and begin again")
             if replay:
                 replay.begin(starts[number], starts[min(number + 1, len(passes) - 1)])
             index = -1
             label = f"statistics {number + 1}/{len(passes)}" if several else "statistics"
             for index, raw in enumerate(tqdm(batches, desc=label, unit="batch", disable=not progress)):
-                checked_mask(raw, index)
-                check_ids(model, raw, index)
-                if state.has(index, raw):
-                    continue
+                with lockstep.step():
+                    _check(model, raw, index, answer_tokens)
+                    if state.has(index, raw):
+                        continue
                 batch = answered.get(index) or to_device(model, raw)
                 if answer_tokens and index not in answered:
                     batch = with_answers(model, batch, answer_tokens)
@@ -519,16 +564,18 @@ def collect_statistics(
                         collector.waiting = {*names, _OUTPUT} if replay and replay.keeps else set(names)
                         running.enter_context(suppress(_EnoughError))
                     forward_batch(model, batch)
-                collector.end_batch()
-                state.add(raw, collector.mask.shape[0], save=(index + 1) % every == 0)
-            state.end(index + 1)
-            prompts = state.prompts
-            if prompts == 0:
-                raise ValueError(_NO_PROMPT)
-            unseen = [name for name in names if name not in collector.input_of]
-            if unseen:
-                raise ValueError(
-                    f"layer {unseen[0]} was never reached by the forward pass; leave it out of target_modules"
-                )
-            inputs += state.statistics() if several else [one.statistics() for one in collector.inputs]
+                with lockstep.step():
+                    collector.end_batch()
+                    state.add(raw, collector.mask.shape[0], save=(index + 1) % every == 0)
+            with lockstep.step():
+                state.end(index + 1)
+                prompts = state.prompts
+                if prompts == 0:
+                    raise ValueError(_NO_PROMPT)
+                unseen = [name for name in names if name not in collector.input_of]
+                if unseen:
+                    raise ValueError(
+                        f"layer {unseen[0]} was never reached by the forward pass; leave it out of target_modules"
+                    )
+                inputs += state.statistics() if several else [one.statistics() for one in collector.inputs]
     return CalibrationStatistics(inputs, fingerprint, prompts)

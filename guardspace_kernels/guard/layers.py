@@ -6,7 +6,9 @@ import hashlib
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +20,16 @@ def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's Conv1D: a linear layer whose weight is stored as (d_in, d_out)."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that DistributedDataParallel trains; any other model itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` divided its parameters among processes, so that a forward needs all of them."""
+    return any(hasattr(module, "unshard") for module in model.modules())
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -33,6 +45,32 @@ def linear_weight(module: nn.Module) -> torch.Tensor:
     return weight.T if is_conv1d(module) else weight
 
 
+def layer_weight(model: nn.Module, name: str) -> torch.Tensor:
+    """Layer ``name``'s weight as (d_out, d_in), with its values wherever they are."""
+    module = model.get_submodule(name)
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    weight = _values(model, f"{name}.weight", weight)
+    return weight.T if is_conv1d(module) else weight
+
+
+def _values(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter itself, a sharded one gathered, and for one that accelerate offloaded what it would load."""
+    gather = getattr(parameter, "full_tensor", None)
+    if callable(gather):
+        return gather()
+    if not parameter.is_meta:
+        return parameter
+    path = name.split(".")
+    for split in reversed(range(len(path))):
+        hook = getattr(model.get_submodule(".".join(path[:split])), "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            with suppress(KeyError):
+                stored = (getattr(one, "weights_map", None) or {})[".".join(path[split:])]
+                return stored.to(parameter.dtype)
+    raise ValueError(f"parameter {name} is on the meta device and offloaded nowhere: load the model first")
+
+
 def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-linear") -> dict[str, nn.Module]:
     """Name -> module of the linear layers to guard, in the model's order.
 
@@ -41,12 +79,19 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-lin
             match the whole name, or a list of names or name endings, all as in PEFT.
 
     Raises:
-        TypeError: the model carries adapters, or a layer's weight is not a floating-point matrix (quantised).
+        TypeError: the model carries adapters or is a FullyShardedDataParallel, or a layer's weight is not a
+            floating-point matrix (quantised).
         ValueError: nothing matches, or an entry of the list matches nothing.
     """
     linear = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)
     }
+    flat = [name for name, module in model.named_modules() if type(module).__name__ == "FullyShardedDataParallel"]
+    if flat:
+        raise TypeError(
+            f"FullyShardedDataParallel (module {flat[0]!r}) hides the weights of its layers; shard the model with "
+            "torch.distributed.fsdp.fully_shard, or give it unsharded"
+        )
     adapted = [name for name in linear if ".base_layer" in name or "lora_" in name]
     if adapted:
         raise TypeError(
@@ -111,14 +156,19 @@ class ModelFingerprint:
 
     @classmethod
     def of(cls, model: nn.Module, layers: Sequence[str]) -> ModelFingerprint:
-        each = {name: tensor_fingerprint(p) for name, p in sorted(model.named_parameters())}
+        """Of a sharded model in every process at once; one parameter at a time is gathered, or read from a disk."""
+        shards: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
+        for module in shards:
+            module.reshard()  # the last forward may have left parameters gathered, in the dtype it computed in
+        # A tied weight counts under each of its names: whether two are one tensor changes with where a model is kept.
+        parameters = sorted(model.named_parameters(remove_duplicate=False))
+        marks: dict[int, str] = {}
+        for name, p in parameters:
+            if id(p) not in marks:
+                marks[id(p)] = tensor_fingerprint(_values(model, name, p))
+        each = {name: marks[id(p)] for name, p in parameters}
         whole = hashlib.sha256("\n".join(f"{name} {value}" for name, value in each.items()).encode())
-        wanted = {name: each.get(f"{name}.weight") for name in layers}
-        # A tied weight appears under one of its names only.
-        return cls(
-            whole.hexdigest()[:32],
-            {n: v or tensor_fingerprint(_stored_weight(model, n)) for n, v in wanted.items()},
-        )
+        return cls(whole.hexdigest()[:32], {name: each[f"{name}.weight"] for name in layers})
 
     def check(self, other: ModelFingerprint, subject: str) -> None:
         """ValueError that says which layers differ unless both are of the same weights."""
@@ -131,9 +181,3 @@ class ModelFingerprint:
             f"{subject} belong to another model: {where}{more}. They are bound to the weights they were made from; "
             "collect statistics and plan again for this model"
         )
-
-
-def _stored_weight(model: nn.Module, name: str) -> torch.Tensor:
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, torch.Tensor)
-    return weight

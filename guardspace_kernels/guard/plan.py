@@ -17,7 +17,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from guardspace_kernels.guard.files import load_tensors, save_tensors
-from guardspace_kernels.guard.layers import ModelFingerprint, find_layers, linear_weight
+from guardspace_kernels.guard.layers import (
+    ModelFingerprint,
+    find_layers,
+    is_sharded,
+    layer_weight,
+    linear_weight,
+    unwrapped,
+)
 from guardspace_kernels.guard.null_space import RULES, EmptyNullSpaceError, NullSpace, null_space
 from guardspace_kernels.guard.passes import parse_bytes
 from guardspace_kernels.guard.safety_subspace import INITS, DampedCovariance, starting_factors, trailing_subspace
@@ -273,7 +280,9 @@ def plan_guard(
     thin, shared between layers that read the same tensor, and kept in float32; nothing of the model is changed.
 
     Args:
-        model: the base model that ``stats`` were collected on, or a copy of it.
+        model: the base model that ``stats`` were collected on, or a copy of it; DistributedDataParallel is unwrapped,
+            and weights that accelerate offloaded are loaded for their solve. A sharded one (``fully_shard``) is
+            refused: plan with an unsharded copy.
         config: default ``GuardConfig()``.
         target_modules: a subset of the layers in ``stats`` (as in :func:`collect_statistics`); default all.
         max_memory: bytes, or a text such as "4GB", that the solves which run at the same time may take, on the CPU or
@@ -281,12 +290,18 @@ def plan_guard(
 
     Raises:
         EmptyNullSpaceError: a layer whose adapter could not learn, and what to change.
+        TypeError: the model is sharded.
         ValueError: statistics of another model or layer, non-finite statistics, or a rank above min(d_out, d_in);
             the message names the layer.
 
     Source: GuardSpace (arXiv 2510.14301).
     """
-    config = config or GuardConfig()
+    config, model = config or GuardConfig(), unwrapped(model)
+    if is_sharded(model):
+        raise TypeError(
+            "model is sharded (fully_shard), and solves need whole weights: save the statistics, and plan "
+            "in one process with an unsharded copy of the model"
+        )
     modules = dict(model.named_modules())
     absent = [name for name in stats.layers if name not in modules]
     if absent:
@@ -303,15 +318,15 @@ def plan_guard(
 
     def solve(item: tuple[int, InputStatistics]) -> tuple[NullSpace | None, list[LayerPlan]]:
         index, entry = item
-        modules = {name: model.get_submodule(name) for name in entry.layers if name in names}
-        covariance = entry.covariance_on(linear_weight(next(iter(modules.values()))).device)
+        weights = {name: layer_weight(model, name).detach() for name in entry.layers if name in names}
+        covariance = entry.covariance_on(next(iter(weights.values())).device)
         space = _space_for(entry, covariance, config)
         bar.update()
         damped = DampedCovariance(covariance, config.damping) if config.init != "zero" else None
         del covariance
         planned = []
-        for name, module in modules.items():
-            planned.append(_plan_layer(name, module, entry, index, space, damped, config))
+        for name, weight in weights.items():
+            planned.append(_plan_layer(name, weight, entry, index, space, damped, config))
             bar.update()
         return space, planned
 
@@ -378,14 +393,13 @@ def _in_parallel(
 
 def _plan_layer(
     name: str,
-    module: nn.Module,
+    weight: torch.Tensor,
     entry: InputStatistics,
     index: int,
     space: NullSpace | None,
     damped: DampedCovariance | None,
     config: GuardConfig,
 ) -> LayerPlan:
-    weight = linear_weight(module).detach()
     d_out, d_in = weight.shape
     if config.rank > min(d_out, d_in):
         raise ValueError(

@@ -116,16 +116,17 @@ class CalibrationStatistics:
         """The statistics of all processes of a ``torch.distributed`` group together, the same on each of them.
 
         Every process collects on prompts of its own and then calls this. ValueError, on every process, unless all
-        have the same model and layers.
+        have the same model, layers and dtype.
         """
         import torch.distributed as dist
 
-        mine = (self.fingerprint.model, [entry.layers for entry in self.inputs], [e.sinks for e in self.inputs])
+        covered = [(entry.layers, str(entry.sinks.dtype)) for entry in self.inputs]
+        mine = (self.fingerprint.model, covered, [entry.sinks for entry in self.inputs])
         gathered: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, mine, group)
-        for rank, (model, layers, _) in enumerate(gathered):
-            if (model, layers) != gathered[0][:2]:
-                raise ValueError(f"the statistics of ranks 0 and {rank} are of other models or layers")
+        for rank, (*what, _) in enumerate(gathered):
+            if what != list(gathered[0][:2]):
+                raise ValueError(f"the statistics of ranks 0 and {rank} are of other models, layers or dtypes")
         # NCCL reduces tensors on GPUs only.
         device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
         counts = torch.tensor([self.prompts, *(n for e in self.inputs for n in (e.tokens, e.sink_tokens))])

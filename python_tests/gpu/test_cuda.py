@@ -502,6 +502,8 @@ def test_statistics_saved_and_loaded(device, tmp_path):
     model = moved(base, device)
     stats = collect(model, checkpoint=tmp_path / "checkpoint")
     again = collect(model, checkpoint=tmp_path / "checkpoint")
+    collect(base, checkpoint=tmp_path / "begun")
+    gone_on = collect(model, [batch_of(), batch_of()], checkpoint=tmp_path / "begun")
     stats.save(tmp_path / "stats")
     loaded = gk.CalibrationStatistics.load(tmp_path / "stats")
     for a, b, c in zip(stats.inputs, loaded.inputs, again.inputs, strict=True):
@@ -509,6 +511,8 @@ def test_statistics_saved_and_loaded(device, tmp_path):
         assert torch.equal(a.covariance, c.covariance) and a.tokens == b.tokens == c.tokens
     twice = stats.merge(again)
     assert torch.equal(twice.inputs[0].covariance, 2 * stats.inputs[0].covariance)
+    for a, b in zip(twice.inputs, gone_on.inputs, strict=True):  # begun on the CPU
+        assert a.tokens == b.tokens and relative_error(b.covariance, a.covariance) < 1e-4
     # What was collected on the device serves the model on the CPU, and the other way round.
     plans = [plan_for(model, stats), plan_for(model, loaded), plan_for(base, loaded)]
     for plan in plans[1:]:
