@@ -353,9 +353,10 @@ def test_checkpoints_and_passes_give_the_bits_of_one_run(tmp_path, budget, optio
     else:
         with pytest.raises(Stop):
             collect(tiny_moe(**settings), stopping(), checkpoint=path, **options)
-    again = collect(tiny_moe(**settings), batches, checkpoint=path, max_memory=budget, **options)
-    assert_same_bits(again, whole)
-    assert [entry.routed for entry in again.inputs] == [entry.routed for entry in whole.inputs]
+    for _ in range(2):  # the second time nothing is left to do
+        again = collect(tiny_moe(**settings), batches, checkpoint=path, max_memory=budget, **options)
+        assert_same_bits(again, whole)
+        assert [entry.routed for entry in again.inputs] == [entry.routed for entry in whole.inputs]
     assert_same_bits(collect(tiny_moe(**settings), batches, max_memory=budget, **options), whole)
 
 
@@ -494,7 +495,7 @@ def test_training_export_and_merge(calls_idle, residual, tmp_path):
             d = layer.in_features
             protected = torch.eye(d) - dense_projector(space.basis, space.complement).float()
             x = torch.cat([torch.randn(30, d) @ protected, stats.for_layer(name).sinks])
-            assert relative_error(layer(x), old(x)) < 2e-3 if len(x) else True
+            assert relative_error(layer(x), old(x)) < 2e-5
             assert layer(x[:0]).shape == (0, layer.out_features)
         for name in plan.left_out:
             assert type(guarded.get_base_model().get_submodule(name)) is nn.Linear
