@@ -17,13 +17,13 @@ from guardspace_kernels.guard.batches import (
     check_ids,
     checked_mask,
     evaluating,
-    first_tokens,
     forward_batch,
     to_device,
     with_answers,
 )
 from guardspace_kernels.guard.files import write_text
 from guardspace_kernels.guard.layers import ModelFingerprint, is_conv1d, linear_weight, tensor_fingerprint
+from guardspace_kernels.guard.routing import Routing
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 from guardspace_kernels.nn import NullSpaceProjector, ProjectedLoraLinear
 from guardspace_kernels.ops import squared_drift
@@ -124,7 +124,8 @@ class LayerDrift:
             the same norm under the same plan.
         sink_drift: the largest ``‖ΔW s‖ / ‖W s‖`` over the first-token inputs s.
         heldout_drift: ``‖ΔW x‖ / ‖W x‖`` (root of the ratio of sums) measured on held-out tokens, or None.
-        heldout_outside: ``‖P x‖ / ‖x‖`` likewise: how much of a held-out input the plan did not protect, or None.
+        heldout_outside: ``‖P x‖ / ‖x‖`` likewise: how much of a held-out input the plan did not protect, or None. Both
+            are None for an expert that no held-out token reached.
     """
 
     name: str
@@ -198,7 +199,7 @@ class DriftReport:
             f"mean {mean:.2e}, worst {self.max_drift:.2e} at {self.worst.name}"
         ]
         if self.heldout:
-            measured = [layer.heldout_drift or 0.0 for layer in self.layers]
+            measured = [layer.heldout_drift for layer in self.layers if layer.heldout_drift is not None] or [0.0]
             lines.append(
                 f"on {self.heldout.prompts} held-out prompts: mean drift {sum(measured) / len(measured):.2e}, "
                 f"next-token KL {self.heldout.kl:.3g} nats, log-probability of the base model's own answers "
@@ -244,6 +245,12 @@ def certify(
     report = DriftReport(rows, tokens, stats.prompts, stats.fingerprint.model)
     if any(layer.projector is None for layer in layers.values()):
         report.notes.append("no projector: an ordinary adapter, whose drift is bounded only by its norm")
+    left_out = getattr(getattr(model, "guard_plan", None), "left_out", {})
+    if left_out:
+        report.notes.append(f"{len(left_out)} layers are left out of the plan and stay frozen")
+    blank = sum(stats.for_layer(name).tokens == 0 for name in layers)
+    if blank:
+        report.notes.append(f"{blank} layers read none of the calibration tokens: their drift says nothing")
     if heldout is not None:
         _measure_heldout(model, layers, {row.name: row for row in rows}, heldout, answer_tokens, report)
     if max_drift is not None and not report.max_drift <= max_drift:
@@ -313,6 +320,7 @@ def _measure_heldout(
     if answer_tokens < 1:
         raise ValueError(f"answer_tokens must be 1 or more, got {answer_tokens}")
     meters = {name: _Meter(layer) for name, layer in layers.items()}
+    routing = Routing(model)
     prompts, positions, kl, change = 0, 0, 0.0, 0.0
     with evaluating(model):
         for index, raw in enumerate(batches):
@@ -324,11 +332,12 @@ def _measure_heldout(
                 # Fewer than asked for where every answer of the batch ended early.
                 answered = mask.shape[1] - raw["input_ids"].shape[1]
                 handles = [
-                    layers[name].module.register_forward_hook(meter.hook(mask & ~first_tokens(mask)))
+                    layers[name].module.register_forward_hook(meter.hook(name, routing))
                     for name, meter in meters.items()
                 ]
                 try:
-                    base = _last_logprobs(model, batch, answered)
+                    with routing.watching(mask):
+                        base = _last_logprobs(model, batch, answered)
                 finally:
                     for handle in handles:
                         handle.remove()
@@ -342,8 +351,9 @@ def _measure_heldout(
     if prompts == 0:
         raise ValueError("heldout is empty: at least one prompt is needed")
     for name, meter in meters.items():
-        rows[name].heldout_drift = _ratio(meter.moved, meter.output)
-        rows[name].heldout_outside = _ratio(meter.outside, meter.inputs)
+        if meter.tokens:
+            rows[name].heldout_drift = _ratio(meter.moved, meter.output)
+            rows[name].heldout_outside = _ratio(meter.outside, meter.inputs)
     report.heldout = HeldOut(prompts, positions, kl / positions, change / prompts)
 
 
@@ -359,10 +369,13 @@ class _Meter:
     def __init__(self, layer: AdaptedLayer) -> None:
         self.layer = layer
         self.moved = self.output = self.outside = self.inputs = 0.0
+        self.tokens = 0
 
-    def hook(self, mask: torch.Tensor) -> Any:
+    def hook(self, name: str, routing: Routing) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], _output: torch.Tensor) -> None:
-            x = args[0].reshape(*mask.shape, -1)[mask.to(args[0].device)].float()
+            real, first = routing.tokens(name, args[0])
+            x = args[0][real & ~first].float()
+            self.tokens += len(x)
             # Not through FᵀF, whose cancellation in float32 would put a floor of 3e-4 under the drift.
             self.moved += float((x @ self.layer.G.float().T @ self.layer.F.float().T).square().sum())
             self.output += float((x @ self.layer.weight.float().T).square().sum())

@@ -24,7 +24,6 @@ from guardspace_kernels.guard.batches import (
     check_ids,
     checked_mask,
     evaluating,
-    first_tokens,
     forward_batch,
     to_device,
     with_answers,
@@ -48,6 +47,7 @@ from guardspace_kernels.guard.passes import (
     parse_bytes,
     plan_passes,
 )
+from guardspace_kernels.guard.routing import Routing, grouped_as_siblings
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics, distinct, packed, unpacked
 from guardspace_kernels.nn import CovarianceAccumulator
 
@@ -99,24 +99,25 @@ class _EnoughError(Exception):
 class _Collector:
     """The hooks of one collection: routes each layer's input to its accumulator, once per distinct tensor."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], dtype: torch.dtype, sink: bool) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], dtype: torch.dtype, sink: bool, routing: Routing) -> None:
         self.layers = layers
         self.dtype = dtype
         self.sink = sink
+        self.routing = routing
         self.inputs: list[_Input] = []
         self.input_of: dict[str, _Input] = {}
         self.mask = torch.empty(0)
-        self.first = torch.empty(0)
         self.batch = 0
         self.waiting: set[str] = set()  # what a forward is run for; empty: let it end by itself
 
     @contextmanager
     def counting(self, mask: torch.Tensor) -> Iterator[None]:
         """Within the context every forward of a layer counts; hooks go whatever happens."""
-        self.mask, self.first = mask, first_tokens(mask)
+        self.mask = mask
         handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in self.layers.items()]
         try:
-            yield
+            with self.routing.watching(mask):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -164,38 +165,30 @@ class _Collector:
     def update(self, name: str, mine: _Input, x: torch.Tensor) -> None:
         mine.tensor, mine.version = weakref.ref(x), _version(x)
         mine.to(x.device)
-        rows = x
-        if x.shape[:-1] != self.mask.shape:
-            # Prompts flattened to (rows, d) keep the mask's order; other shapes, as (tokens, prompts, d), may not.
-            if x.dim() != 2 or x.shape[0] != self.mask.numel():
-                raise ValueError(
-                    f"layer {name}: input of shape {tuple(x.shape)} does not match the attention mask "
-                    f"{tuple(self.mask.shape)}; such layers (routed experts, cross-attention) cannot be collected: "
-                    "leave them out of target_modules"
-                )
-            rows = x.reshape(*self.mask.shape, x.shape[-1])
-        mask = self.mask.to(x.device)
+        mask, first = self.routing.tokens(name, x)
         if self.sink:
-            first = self.first.to(x.device)
-            mine.new_sinks.append(rows[first].detach().to(self.dtype))
+            mine.new_sinks.append(x[first].detach().to(self.dtype))
             mask = mask & ~first
-        mine.accumulator.update(rows, mask)
+        mine.accumulator.update(x, mask)
 
     def end_batch(self) -> None:
         """Looks for non-finite values, one device synchronisation for all layers, and keeps distinct sinks."""
+        self.batch += 1
+        if not self.inputs:
+            return
         diagonals = torch.stack([i.accumulator.lower.diagonal().sum().cpu() for i in self.inputs])
         sinks = torch.stack([sum((s.sum().cpu() for s in i.new_sinks), torch.zeros(())) for i in self.inputs])
         for mine, finite in zip(self.inputs, torch.isfinite(diagonals) & torch.isfinite(sinks), strict=True):
             if not finite:
                 raise ValueError(
-                    f"batch {self.batch}: the input of layer {mine.layers[0]} holds non-finite values (or overflows "
-                    f"{self.dtype}); the statistics would be worthless. Check the model's dtype and the prompts"
+                    f"batch {self.batch - 1}: the input of layer {mine.layers[0]} holds non-finite values (or "
+                    f"overflows {self.dtype}); the statistics would be worthless. Check the model's dtype and the "
+                    "prompts"
                 )
             for rows in mine.new_sinks:
                 mine.sinks = distinct(rows, mine.sinks)
                 mine.sink_tokens += rows.shape[0]
             mine.new_sinks = []
-        self.batch += 1
 
 
 class _Checkpoint:
@@ -271,6 +264,7 @@ class _Checkpoint:
             inputs.append([one.layers, tokens, one.sink_tokens, one.first_batch])
         header = {
             "inputs": inputs,
+            "routed": [sorted(self.collector.routing.containers), sorted(self.collector.routing.flat)],
             "batches": self.batches,
             "prompts": self.prompts,
             "options": self.options,
@@ -293,6 +287,9 @@ class _Checkpoint:
             one.accumulator.tokens.fill_(tokens)
             self.collector.inputs.append(one)
             self.collector.input_of.update(dict.fromkeys(names, one))
+        containers, flat = header.get("routed", [[], []])
+        self.collector.routing.containers.update(containers)
+        self.collector.routing.flat.update(flat)
         self.batches, self.prompts = header["batches"], header["prompts"]
         self.resumed = self.collector.batch = len(self.batches)
 
@@ -308,8 +305,8 @@ def _batch_hash(batch: Batch) -> str:
 class _Scout(_Collector):
     """Sees in one forward which layers read which tensor, and between which blocks; accumulates nothing."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], blocks: Sequence[nn.Module]) -> None:
-        super().__init__(layers, torch.float32, False)
+    def __init__(self, layers: Mapping[str, nn.Module], blocks: Sequence[nn.Module], routing: Routing) -> None:
+        super().__init__(layers, torch.float32, False, routing)
         self.blocks = blocks
         self.called: list[str] = []
         self.begun: list[int] = []
@@ -344,18 +341,25 @@ class _Scout(_Collector):
 
     def update(self, name: str, mine: _Input, x: torch.Tensor) -> None:
         mine.tensor, mine.version = weakref.ref(x), _version(x)
+        if x.shape[:-1] != self.mask.shape and not x.is_meta:
+            self.routing.look(name, x)
 
     def layer_inputs(self) -> list[LayerInput]:
-        """In the order of the model; layers that were not reached are each on their own, at the end."""
-        groups = [one.layers for one in self.inputs] + [[name] for name in self.layers if name not in self.after]
+        """In the order of the model; layers that were not reached are at the end."""
+        groups = [one.layers for one in self.inputs]
+        lists = self.routing.containers | self.routing.flat
+        groups += grouped_as_siblings([name for name in self.layers if name not in self.after], groups, lists)
         return [
             LayerInput(tuple(g), linear_weight(self.layers[g[0]]).shape[1], self.after.get(g[0], 0)) for g in groups
         ]
 
 
 def distinct_inputs(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[LayerInput]:
-    """Which of the layers read the same tensor, from a forward of a few tokens; of a model on the meta device too."""
-    scout = _Scout(layers, blocks_of(model, list(layers)))
+    """Which of the layers read the same tensor, from a forward of a few tokens; of a model on the meta device too.
+
+    TypeError if that one's forward does not run there, as where a router's choice of experts needs values.
+    """
+    scout = _Scout(layers, blocks_of(model, list(layers)), Routing(model))
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads as the forward goes
     device = torch.device("cpu") if offloaded else next(model.parameters()).device
     with ExitStack() as stack:
@@ -363,17 +367,26 @@ def distinct_inputs(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[L
         stack.enter_context(scout.counting(torch.ones(1, 4, dtype=torch.bool)))
         if device.type == "meta":  # a forward may look at values, of masks for instance, that only fake tensors have
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        forward_batch(model, {"input_ids": torch.zeros(1, 4, dtype=torch.long, device=device)})
+        # Other tokens than the first, for other experts.
+        try:
+            forward_batch(model, {"input_ids": torch.arange(4, device=device)[None]})
+        except RuntimeError as error:
+            if device.type != "meta":
+                raise
+            raise TypeError(
+                f"this model's forward does not run on the meta device, without values ({error}): routed experts need "
+                "them; load the model's weights for an estimate"
+            ) from error
     return scout.layer_inputs()
 
 
 def _scouted(
-    model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch, routing: Routing
 ) -> tuple[list[LayerInput], Replay | None, int, bool]:
     """(distinct inputs, replay, bytes of a block's output per token, whether a forward may be left early)."""
     blocks = blocks_of(model, list(layers))
     mask = checked_mask(batch, 0)
-    scout = _Scout(layers, blocks)
+    scout = _Scout(layers, blocks, routing)
     replay = Replay(blocks)
     replay.begin(0, len(blocks) // 2)
     with replay.run(0), scout.counting(mask):
@@ -388,7 +401,7 @@ def _scouted(
     if "input_ids" in batch:
         forward_batch(model, {**batch, "input_ids": batch["input_ids"].flip(1)})
     replay.begin(len(blocks) // 2, len(blocks) // 2)
-    again = _Scout(layers, blocks)
+    again = _Scout(layers, blocks, routing)
     with replay.run(0), again.counting(mask):
         forward_batch(model, batch)
     per_token = results[0].nbytes // mask.numel()
@@ -407,9 +420,9 @@ def plan_collection(
     """What :func:`collect_statistics` would do with these arguments, from a forward of the first batch."""
     model, lockstep = unwrapped(model), Lockstep(unwrapped(model))
     with evaluating(model):
-        layers = find_layers(model, target_modules)
+        layers, routing = find_layers(model, target_modules), Routing(model)
         batches = _check_all(model, batches, answer_tokens, lockstep)
-        return _planned(model, layers, batches, answer_tokens, dtype, max_memory)[0]
+        return _planned(model, layers, batches, answer_tokens, dtype, max_memory, routing)[0]
 
 
 def _check(model: nn.Module, batch: Batch, index: int, answer_tokens: int) -> None:
@@ -439,10 +452,11 @@ def _planned(
     answer_tokens: int,
     dtype: torch.dtype,
     max_memory: int | str | None,
+    routing: Routing,
 ) -> tuple[CollectionPlan, Replay | None, bool]:
     budget = parse_bytes("max_memory", max_memory)
     tokens = sum(mask.shape[0] * (mask.shape[1] + answer_tokens) for mask in map(checked_mask, batches, count()))
-    inputs, replay, per_token, once = _scouted(model, layers, to_device(model, batches[0]))
+    inputs, replay, per_token, once = _scouted(model, layers, to_device(model, batches[0]), routing)
     plan = plan_passes(inputs, dtype, budget, per_token * tokens if replay else None)
     return plan, replay if plan.replay else None, once
 
@@ -465,6 +479,9 @@ def collect_statistics(
     Padding never counts, on either side. Layers that read the same tensor (q/k/v, gate/up) share one covariance. The
     first real token of each prompt, the attention sink, whose input can dwarf all others and is the same in every
     prompt, is kept out of C; its distinct inputs are kept apart and will be protected as directions of their own.
+
+    Of a layer in a routed expert, a module called with rows (n, d) of what the module around it reads, C holds the
+    tokens that were routed to it. An expert that none reached has statistics of no token.
 
     Args:
         model: the aligned base model, without adapters. It is run in eval mode and left in the mode it was in.
@@ -515,12 +532,13 @@ def collect_statistics(
         batches = _check_all(model, batches, answer_tokens, lockstep)
     fingerprint = ModelFingerprint.of(model, list(layers))
     options = {"answer_tokens": answer_tokens, "separate_sink": separate_sink, "dtype": str(dtype)}
+    routing = Routing(model)
     passes, replay, once = [list(layers)], None, False
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if max_memory is not None:
             assert isinstance(batches, list)
-            plan, replay, once = _planned(model, layers, batches, answer_tokens, dtype, max_memory)
+            plan, replay, once = _planned(model, layers, batches, answer_tokens, dtype, max_memory, routing)
             passes = [[name for one in part for name in one.layers] for part in plan.passes]
             starts = [min(one.after for one in part) for part in plan.passes]
             if progress:
@@ -529,10 +547,11 @@ def collect_statistics(
         if several and checkpoint is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="guardspace-"))
         inputs: list[InputStatistics] = []
+        unseen: list[str] = []
         answered: dict[int, Batch] = {}
         prompts = 0
         for number, names in enumerate(passes):
-            collector = _Collector({name: layers[name] for name in names}, dtype, separate_sink)
+            collector = _Collector({name: layers[name] for name in names}, dtype, separate_sink, routing)
             path, every = checkpoint, checkpoint_every
             if several and checkpoint is None:
                 path, every = os.path.join(folder, str(number)), sys.maxsize
@@ -572,10 +591,25 @@ def collect_statistics(
                 prompts = state.prompts
                 if prompts == 0:
                     raise ValueError(_NO_PROMPT)
-                unseen = [name for name in names if name not in collector.input_of]
-                if unseen:
+                idle = [name for name in names if name not in collector.input_of]
+                lost = routing.lost(idle)
+                if lost:
                     raise ValueError(
-                        f"layer {unseen[0]} was never reached by the forward pass; leave it out of target_modules"
+                        f"layer {lost[0]} was never reached by the forward pass; leave it out of target_modules"
                     )
+                unseen += idle
                 inputs += state.statistics() if several else [one.statistics() for one in collector.inputs]
+    for group in grouped_as_siblings(unseen, [one.layers for one in inputs], routing.containers):
+        inputs.append(_of_no_token(group, linear_weight(layers[group[0]]).shape[1], dtype))
+    # Which expert is reached first depends on the prompts: statistics of others must have the same order to be merged.
+    order = {name: i for i, name in enumerate(layers)}
+    for one in inputs:
+        one.routed = routing.routed(one.layers[0])
+    inputs.sort(key=lambda one: order[one.layers[0]] if one.routed else -1)
     return CalibrationStatistics(inputs, fingerprint, prompts)
+
+
+def _of_no_token(layers: list[str], features: int, dtype: torch.dtype) -> InputStatistics:
+    shape = (features * (features + 1) // 2,)
+    zeros = StoredTensor(dtype, shape, lambda: torch.zeros(shape, dtype=dtype))
+    return InputStatistics(layers, zeros, 0, torch.empty(0, features, dtype=dtype), 0)

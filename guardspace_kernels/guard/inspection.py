@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class Inspection:
         recommended: a value for ``GuardConfig(protect=)``, or None where no level will do; ``reason`` says why.
         prompt_curve: pairs (prompts, mean of held-out ``√(tr(P C') / tr(C'))`` at the recommended level), where parts
             were given.
+        left_out: layers of experts to which some of the statistics routed no token.
     """
 
     levels: list[float]
@@ -68,6 +69,7 @@ class Inspection:
     recommended: float | None
     reason: str
     prompt_curve: list[list[float]]
+    left_out: list[str] = field(default_factory=list)
 
     def free(self, level: int) -> float:
         """The share of the dimensions that is left to learn with at ``levels[level]``, averaged over the inputs."""
@@ -110,6 +112,11 @@ class Inspection:
                 f"{len(few)} of {len(self.inputs)} inputs saw fewer tokens than they have dimensions, first "
                 f"{few[0].layers[0]} ({few[0].tokens} for {few[0].features}): other prompts may use directions that "
                 "are not protected; collect on more"
+            )
+        if self.left_out:
+            lines.append(
+                f"left out: {len(self.left_out)} layers of experts to which some of the statistics routed no token, "
+                f"first {self.left_out[0]}"
             )
         if self.prompt_curve:
             curve = ", ".join(f"{outside:.3f} of {prompts}" for prompts, outside in self.prompt_curve)
@@ -162,14 +169,24 @@ def inspect_statistics(
     for name, other in (("task", task), ("heldout", heldout)):
         if other is not None:
             whole.fingerprint.check(other.fingerprint, f"the statistics given as {name}")
-    bar = tqdm(whole.inputs, desc="inspect", unit="input", disable=not progress)
+    given = [merged[0], *(other for other in (task, heldout) if other is not None)]
+    unseen = {
+        name
+        for entry in whole.inputs
+        for name in entry.layers
+        if entry.routed and not all(other.for_layer(name).tokens for other in given)
+    }
+    bar = tqdm(
+        [e for e in whole.inputs if e.layers[0] not in unseen], desc="inspect", unit="input", disable=not progress
+    )
     inputs = [_capacity(entry, task, heldout) for entry in bar]
     recommended, reason = _recommend(inputs, rank)
-    report = Inspection(list(LEVELS), inputs, whole.prompts, recommended, reason, [])
+    left_out = [name for name in whole.layers if name in unseen]
+    report = Inspection(list(LEVELS), inputs, whole.prompts, recommended, reason, [], left_out)
     if heldout is not None and len(merged) > 1 and recommended is not None:
         at = LEVELS.index(recommended)
         for some in tqdm(merged[:-1], desc="inspect parts", unit="part", disable=not progress):
-            shares = [_shares(entry, heldout)[at] for entry in some.inputs]
+            shares = [_shares(e, heldout)[at] for e in some.inputs if e.layers[0] not in unseen]
             report.prompt_curve.append([some.prompts, sum(shares) / len(shares)])
         report.prompt_curve.append([whole.prompts, report.mean("heldout", at)])
     return report

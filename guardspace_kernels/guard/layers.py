@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 _TABLE_WIDTH = 512
 
@@ -79,8 +80,8 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-lin
             match the whole name, or a list of names or name endings, all as in PEFT.
 
     Raises:
-        TypeError: the model carries adapters or is a FullyShardedDataParallel, or a layer's weight is not a
-            floating-point matrix (quantised).
+        TypeError: the model carries adapters or is a FullyShardedDataParallel, a layer's weight is not a floating-point
+            matrix (quantised), or the target includes experts whose weights are one parameter (E, ...).
         ValueError: nothing matches, or an entry of the list matches nothing.
     """
     linear = {
@@ -97,6 +98,14 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-lin
         raise TypeError(
             f"model already carries adapters (found {adapted[0]}); pass the base model, before attach_guard or PEFT"
         )
+    for name, parameter in _fused_experts(model):
+        if _names(target_modules, name, linear):
+            raise TypeError(
+                f"target_modules={target_modules!r} includes {name}, the weights of all experts as one parameter of "
+                f"shape {tuple(parameter.shape)}, which cannot be guarded; name the other layers in target_modules, in "
+                "a list or an expression that leaves it out: the experts then stay frozen, as every weight without an "
+                "adapter"
+            )
     if target_modules == "all-linear":
         get_output = getattr(model, "get_output_embeddings", None)
         head = get_output() if callable(get_output) else None
@@ -126,6 +135,26 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-lin
                 "matrices can be guarded (load the model without quantisation)"
             )
     return found
+
+
+def _fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of three dimensions that belong to experts, by their name or their module's class."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, _ConvNd):
+            continue
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            about = f"{name} {type(module).__name__}".lower()
+            if parameter.dim() == 3 and ("expert" in about or "moe" in about):
+                yield name, parameter
+
+
+def _names(target_modules: str | Sequence[str], parameter: str, linear: Collection[str]) -> bool:
+    """Whether a target is meant for this parameter or the module that holds it."""
+    owner = parameter.rpartition(".")[0]
+    if isinstance(target_modules, str):
+        expression = ".*" if target_modules == "all-linear" else target_modules
+        return any(re.fullmatch(expression, name) for name in (parameter, owner))
+    return any(f".{name}".endswith(f".{e}") for e in target_modules if e not in linear for name in (parameter, owner))
 
 
 def tensor_fingerprint(t: torch.Tensor) -> str:

@@ -120,12 +120,15 @@ class GuardPlan:
     Attributes:
         spaces: one :class:`NullSpace` per distinct layer input, shared by the layers that read it (float32 bases);
             None where the configuration leaves the projector out.
+        left_out: name -> reason, of the layers of experts that saw too few tokens to tell what to protect. They get no
+            adapter and stay frozen.
     """
 
     config: GuardConfig
     layers: dict[str, LayerPlan]
     spaces: list[NullSpace | None]
     model: ModelFingerprint
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def space_of(self, name: str) -> NullSpace | None:
         return self.spaces[self.layers[name].space]
@@ -148,10 +151,12 @@ class GuardPlan:
                 shown = (space.complement, space.protected, space.sink_directions, space.free_energy)
                 digest.update(repr(shown).encode())
                 digest.update(space.basis.contiguous().numpy().tobytes())
+        if self.left_out:
+            digest.update(repr(self.left_out).encode())
         return digest.hexdigest()[:32]
 
     def __str__(self) -> str:
-        width = max([len(name) for name in self.layers] + [5])
+        width = max([len(name) for name in (*self.layers, *self.left_out)] + [5])
         lines = [
             f"{'layer':{width}}  {'d_out':>6} {'d_in':>6}  {'protected':>9} {'energy':>8} {'free':>8} {'capacity':>8}  "
             "warnings"
@@ -166,6 +171,7 @@ class GuardPlan:
                 f"{name:{width}}  {d_out:6d} {d_in:6d}  {protected:9d} {energy:8.3%} {free:8.3%} "
                 f"{1 - protected / d_in:8.1%}  {'; '.join(layer.warnings)}".rstrip()
             )
+        lines += [f"{name:{width}}  left out: {reason}" for name, reason in self.left_out.items()]
         return "\n".join([*lines, self.summary()])
 
     def summary(self) -> str:
@@ -179,7 +185,8 @@ class GuardPlan:
             f"{len(self.layers)} layers, rank {self.config.rank}, scale {self.config.scale:g}: on average "
             f"{sum(shares) / len(shares):.1%} of the dimensions protected (from {min(shares):.1%} to {max(shares):.1%})"
         )
-        return text + (f"; {warned} layers with warnings" if warned else "")
+        text += f"; {warned} layers with warnings" if warned else ""
+        return text + (f"; {len(self.left_out)} layers left out, which stay frozen" if self.left_out else "")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically."""
@@ -198,6 +205,7 @@ class GuardPlan:
             "model": dataclasses.asdict(self.model),
             "layers": [[x.name, x.shape, x.space, x.warnings] for x in self.layers.values()],
             "spaces": spaces,
+            "left_out": self.left_out,
             "fingerprint": self.fingerprint,
         }
         save_tensors(path, _KIND, tensors, header)
@@ -216,7 +224,8 @@ class GuardPlan:
             None if entry is None else NullSpace(basis=tensors[f"space.{i}.basis"], **entry)
             for i, entry in enumerate(header["spaces"])
         ]
-        plan = cls(GuardConfig(**header["config"]), layers, spaces, ModelFingerprint(**header["model"]))
+        config, model = GuardConfig(**header["config"]), ModelFingerprint(**header["model"])
+        plan = cls(config, layers, spaces, model, header.get("left_out", {}))
         if plan.fingerprint != header["fingerprint"]:
             raise ValueError(f"{os.fspath(path)}: the plan's content does not match its fingerprint; it was altered")
         return plan
@@ -254,6 +263,16 @@ def _space_for(entry: InputStatistics, covariance: torch.Tensor, config: GuardCo
     return space
 
 
+def _undetermined(entry: InputStatistics, space: NullSpace | None) -> str:
+    """Why an expert's input gets no adapter; empty if it gets one."""
+    if entry.tokens == 0:
+        return "saw no calibration token"
+    directions = 0 if space is None else space.protected - space.sink_directions
+    if 2 * directions > entry.tokens:
+        return f"{directions} directions to protect, but only {entry.tokens} calibration tokens"
+    return ""
+
+
 def _space_warnings(entry: InputStatistics, space: NullSpace, rank: int) -> list[str]:
     d = entry.features
     warnings = []
@@ -279,6 +298,10 @@ def plan_guard(
     trailing left singular subspace U_r of ``W C``, hence ``s·B₀A₀ = U_r U_rᵀ W`` and the start ``A₀P, B₀``. Bases are
     thin, shared between layers that read the same tensor, and kept in float32; nothing of the model is changed.
 
+    An expert reads only the tokens that are routed to it. One that saw none, or fewer than two for each direction to
+    protect (those of the sinks apart), has an undetermined null space: its layers get no adapter, hence keep their
+    outputs exactly, and are listed in :attr:`GuardPlan.left_out`.
+
     Args:
         model: the base model that ``stats`` were collected on, or a copy of it; DistributedDataParallel is unwrapped,
             and weights that accelerate offloaded are loaded for their solve. A sharded one (``fully_shard``) is
@@ -291,8 +314,8 @@ def plan_guard(
     Raises:
         EmptyNullSpaceError: a layer whose adapter could not learn, and what to change.
         TypeError: the model is sharded.
-        ValueError: statistics of another model or layer, non-finite statistics, or a rank above min(d_out, d_in);
-            the message names the layer.
+        ValueError: statistics of another model or layer, non-finite statistics, a rank above min(d_out, d_in), or
+            experts alone that all saw too few tokens; the message names the layer.
 
     Source: GuardSpace (arXiv 2510.14301).
     """
@@ -316,22 +339,28 @@ def plan_guard(
 
     used = [entry for entry in stats.inputs if any(name in names for name in entry.layers)]
 
-    def solve(item: tuple[int, InputStatistics]) -> tuple[NullSpace | None, list[LayerPlan]]:
-        index, entry = item
-        weights = {name: layer_weight(model, name).detach() for name in entry.layers if name in names}
+    def solve(entry: InputStatistics) -> tuple[NullSpace | None, list[LayerPlan], str]:
+        mine = [name for name in entry.layers if name in names]
+        if entry.routed and entry.tokens == 0:
+            bar.update(1 + len(mine))
+            return None, [], _undetermined(entry, None)
+        weights = {name: layer_weight(model, name).detach() for name in mine}
         covariance = entry.covariance_on(next(iter(weights.values())).device)
         space = _space_for(entry, covariance, config)
         bar.update()
+        reason = _undetermined(entry, space) if entry.routed else ""
+        if reason:
+            bar.update(len(weights))
+            return space, [], reason
         damped = DampedCovariance(covariance, config.damping) if config.init != "zero" else None
         del covariance
         planned = []
         for name, weight in weights.items():
-            planned.append(_plan_layer(name, weight, entry, index, space, damped, config))
+            planned.append(_plan_layer(name, weight, entry, space, damped, config))
             bar.update()
-        return space, planned
+        return space, planned, ""
 
-    def size(item: tuple[int, InputStatistics]) -> int:
-        entry = item[1]
+    def size(entry: InputStatistics) -> int:
         return solve_bytes(entry.features, max(linear_weight(model.get_submodule(n)).numel() for n in entry.layers))
 
     # The setting is the process's: solves that changed and restored it on their own would disturb each other.
@@ -339,12 +368,26 @@ def plan_guard(
     with full_float32_products(), bar:
         # A wide input takes longest: begun last, it would keep one core busy while the others wait.
         workers = 1 if any(p.is_cuda for p in model.parameters()) else torch.get_num_threads()
-        solved = _in_parallel(solve, list(enumerate(used)), size, parse_bytes("max_memory", max_memory), workers)
-    spaces = [space for space, _ in solved]
-    of_layer = {layer.name: layer for _, planned in solved for layer in planned}
-    layers = {name: of_layer[name] for name in names}
-    fingerprint = ModelFingerprint(stats.fingerprint.model, {n: stats.fingerprint.layers[n] for n in names})
-    return GuardPlan(config, layers, spaces, fingerprint)
+        solved = _in_parallel(solve, used, size, parse_bytes("max_memory", max_memory), workers)
+    reasons = {
+        name: reason for entry, (*_, reason) in zip(used, solved, strict=True) if reason for name in entry.layers
+    }
+    left_out = {name: reasons[name] for name in names if name in reasons}
+    spaces: list[NullSpace | None] = []
+    of_layer: dict[str, LayerPlan] = {}
+    for space, planned, reason in solved:
+        if not reason:
+            of_layer.update({layer.name: dataclasses.replace(layer, space=len(spaces)) for layer in planned})
+            spaces.append(space)
+    if not of_layer:
+        name, reason = next(iter(left_out.items()))
+        raise ValueError(
+            f"every layer is left out, first {name} ({reason}); collect statistics on more prompts, lower protect, or "
+            "add layers to target_modules"
+        )
+    layers = {name: of_layer[name] for name in names if name in of_layer}
+    fingerprint = ModelFingerprint(stats.fingerprint.model, {n: stats.fingerprint.layers[n] for n in layers})
+    return GuardPlan(config, layers, spaces, fingerprint, left_out)
 
 
 def solve_bytes(features: int, weight: int) -> int:
@@ -395,7 +438,6 @@ def _plan_layer(
     name: str,
     weight: torch.Tensor,
     entry: InputStatistics,
-    index: int,
     space: NullSpace | None,
     damped: DampedCovariance | None,
     config: GuardConfig,
@@ -423,4 +465,4 @@ def _plan_layer(
         A0, B0 = A0.cpu(), B0.cpu()
     if space is not None:
         null_project_(A0, space.basis, space.complement)
-    return LayerPlan(name, (d_out, d_in), A0.float(), B0.float().contiguous(), index, warnings)
+    return LayerPlan(name, (d_out, d_in), A0.float(), B0.float().contiguous(), 0, warnings)

@@ -28,6 +28,7 @@ class InputStatistics:
         tokens: T, the number of rows in X.
         sinks: (n, d), the distinct inputs seen at the first real token of a prompt (the attention sink).
         sink_tokens: how many first tokens were seen.
+        routed: whether its layers belong to an expert, which reads the tokens that a router gives it, or none.
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class InputStatistics:
         tokens: int,
         sinks: torch.Tensor,
         sink_tokens: int,
+        routed: bool = False,
     ) -> None:
         """``covariance`` is (d, d), or its lower triangle as :func:`packed` gives it."""
         self.layers, self.tokens, self.sink_tokens = layers, tokens, sink_tokens
+        self.routed = routed
         self.sinks = sinks.cpu()
         self.features = sinks.shape[1]
         self.stored = covariance
@@ -63,7 +66,8 @@ class InputStatistics:
         self.stored = packed(C).cpu()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return InputStatistics, (self.layers, self.triangle(), self.tokens, self.sinks, self.sink_tokens)
+        state = self.layers, self.triangle(), self.tokens, self.sinks, self.sink_tokens, self.routed
+        return InputStatistics, state
 
 
 @dataclass
@@ -108,6 +112,7 @@ class CalibrationStatistics:
                     a.tokens + b.tokens,
                     _union([a.sinks, b.sinks]),
                     a.sink_tokens + b.sink_tokens,
+                    a.routed or b.routed,
                 )
             )
         return CalibrationStatistics(merged, self.fingerprint, self.prompts + other.prompts)
@@ -138,7 +143,10 @@ class CalibrationStatistics:
             triangle = entry.triangle().to(device, copy=True)
             dist.all_reduce(triangle, group=group)
             sinks = _union([theirs[i] for *_, theirs in gathered])
-            reduced.append(InputStatistics(list(entry.layers), triangle.cpu(), rest[2 * i], sinks, rest[2 * i + 1]))
+            tokens, sink_tokens = rest[2 * i : 2 * i + 2]
+            reduced.append(
+                InputStatistics(list(entry.layers), triangle.cpu(), tokens, sinks, sink_tokens, entry.routed)
+            )
         return CalibrationStatistics(reduced, self.fingerprint, prompts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -147,7 +155,8 @@ class CalibrationStatistics:
         inputs = []
         for i, entry in enumerate(self.inputs):
             tensors[f"{i}.covariance"], tensors[f"{i}.sinks"] = entry.stored, entry.sinks
-            inputs.append({"layers": entry.layers, "tokens": entry.tokens, "sink_tokens": entry.sink_tokens})
+            numbers = {"tokens": entry.tokens, "sink_tokens": entry.sink_tokens, "routed": entry.routed}
+            inputs.append({"layers": entry.layers, **numbers})
         header = {
             "prompts": self.prompts,
             "inputs": inputs,
@@ -169,13 +178,14 @@ class CalibrationStatistics:
                 entry["tokens"],
                 tensors[f"{i}.sinks"].read(),
                 entry["sink_tokens"],
+                entry.get("routed", False),
             )
             for i, entry in enumerate(header["inputs"])
         ]
         return cls(inputs, ModelFingerprint(**header["fingerprint"]), header["prompts"])
 
     def __repr__(self) -> str:
-        tokens = self.inputs[0].tokens if self.inputs else 0
+        tokens = max((entry.tokens for entry in self.inputs), default=0)
         return (
             f"CalibrationStatistics({len(self._by_layer)} layers, {len(self.inputs)} distinct inputs, "
             f"{self.prompts} prompts, {tokens} tokens)"

@@ -383,7 +383,8 @@ def test_for_layer_and_repr():
         stats.for_layer("v")
     counted = sum(map(len, PROMPTS)) - len(PROMPTS)
     assert repr(stats) == f"CalibrationStatistics(3 layers, 2 distinct inputs, 5 prompts, {counted} tokens)"
-    assert vars(stats.inputs[0]).keys() == {"layers", "features", "stored", "tokens", "sinks", "sink_tokens"}
+    kept = {"layers", "features", "stored", "tokens", "sinks", "sink_tokens", "routed"}
+    assert vars(stats.inputs[0]).keys() == kept
 
 
 class LateReader(nn.Module):
