@@ -7,8 +7,6 @@ factored for wide W alone.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from guardspace_kernels.ops import covariance_update_
@@ -16,9 +14,10 @@ from guardspace_kernels.ops._library import full_float32_products
 
 INITS = ("balanced", "paper", "zero")
 
-# A Krylov space is grown until a step lowers the energy, as the inverse's Ritz values tell it, by less than this; by
-# less than the second where the answer then fails the check, as it may where the small singular values lie close.
-_TOLERANCES = 1e-2, 2e-4
+# A Krylov space is grown until the residuals of its Ritz vectors say that another step would lower the energy by less
+# than this share; by less than the second where the answer then fails the check, as it may where the small singular
+# values lie close. What they say is 30% to 100% of what all further steps together gain.
+_TOLERANCES = 1e-3, 2e-4
 # An answer is kept if its energy is what its Ritz values promise, and if it was found in float32 also if another
 # application of the inverse leaves that energy where it is, both in float64 and to these tolerances.
 _SAME_ENERGY, _SAME_AFTER = 5e-3, 2e-2
@@ -171,19 +170,21 @@ def _smallest(inverse: _Inverse, rank: int, tolerance: float) -> tuple[torch.Ten
     start = torch.randn(inverse.size, block, generator=torch.Generator().manual_seed(0), dtype=inverse.dtype)
     basis = _orthonormal(inverse.apply(start.to(inverse.device)))
     images = inverse.apply(basis)
-    H, before = (basis.T @ images).double(), math.inf
+    H = (basis.T @ images).double()
     for _ in range(_MOST_STEPS):
         if not torch.isfinite(H).all():
             return None
-        ritz = torch.linalg.eigvalsh((H + H.T) / 2)[-rank:]
+        ritz, mix = (x[..., -rank:] for x in torch.linalg.eigh((H + H.T) / 2))
         if ritz[0] <= 0:
             return None
         energy = float((1 / ritz).sum())
-        if before <= (1 + tolerance) * energy:
-            vectors = torch.linalg.eigh((H + H.T) / 2)[1][:, -rank:]
+        vectors = mix.to(basis.dtype)
+        V = images @ vectors
+        residuals = (V - basis @ (vectors * ritz.to(basis.dtype))).double().square().sum(0)
+        left = float((residuals / ritz**3).sum())
+        if left <= tolerance * energy:
             # After one more application, which costs nothing.
-            return _orthonormal(images @ vectors.to(basis.dtype)), energy
-        before = energy
+            return _orthonormal(V), energy
         if basis.shape[1] + block > inverse.size:
             return None
         V = images[:, -block:]
