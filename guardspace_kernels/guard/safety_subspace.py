@@ -164,8 +164,8 @@ def _checked(
 
 
 def _smallest(inverse: _Inverse, rank: int, tolerance: float) -> tuple[torch.Tensor, float] | None:
-    """(V, Σ σ²): the ``rank`` leading Ritz vectors of the inverse in a block Krylov space, orthonormal, and the sum of
-    the reciprocals of their Ritz values, which are at most those of the exact answer."""
+    """(V, Σ σ²): the ``rank`` leading Ritz vectors of the inverse in a block Krylov space, applied to once more and
+    orthonormal, and the sum of the reciprocals of their Ritz values, which are at most those of the exact answer."""
     block = min(rank + 8, inverse.size)
     start = torch.randn(inverse.size, block, generator=torch.Generator().manual_seed(0), dtype=inverse.dtype)
     basis = _orthonormal(inverse.apply(start.to(inverse.device)))
@@ -179,11 +179,10 @@ def _smallest(inverse: _Inverse, rank: int, tolerance: float) -> tuple[torch.Ten
             return None
         energy = float((1 / ritz).sum())
         vectors = mix.to(basis.dtype)
-        V = images @ vectors
+        V = images @ vectors  # the Ritz vectors after one more application, which costs nothing
         residuals = (V - basis @ (vectors * ritz.to(basis.dtype))).double().square().sum(0)
         left = float((residuals / ritz**3).sum())
         if left <= tolerance * energy:
-            # After one more application, which costs nothing.
             return _orthonormal(V), energy
         if basis.shape[1] + block > inverse.size:
             return None

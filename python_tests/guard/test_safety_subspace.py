@@ -221,3 +221,18 @@ def test_an_answer_that_fails_the_check_is_refined(dtype, monkeypatch):
     damped = safety_subspace.DampedCovariance(C).matrix
     best = torch.linalg.svdvals(W.double() @ damped)[-16:].square().sum()
     assert best * (1 - 1e-9) <= fine <= min(coarse, best * 1.0006)
+
+
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("shape", WIDE)
+def test_the_residuals_tell_what_is_left_to_gain(shape, tolerance):
+    """And the answer is better than its Ritz values, which a Ritz vector's own energy never is."""
+    W, C = layer(*shape, "plain")
+    C = DampedCovariance(C)
+    inverse = safety_subspace._Inverse(W, C, torch.float64)
+    V, promised = safety_subspace._smallest(inverse, 8, tolerance)
+    U = torch.linalg.qr(inverse.lift(V)).Q
+    M = W.double() @ C.matrix
+    best, found = torch.linalg.svdvals(M)[-8:].square().sum(), (U.T @ M).square().sum()
+    assert (V.T @ V - torch.eye(8)).abs().max() < 1e-12
+    assert best * (1 - 1e-9) <= found <= promised <= best * (1 + 4 * tolerance)
