@@ -191,6 +191,19 @@ def test_a_wrong_answer_is_not_kept(monkeypatch):
     torch.testing.assert_close(trailing_subspace(W, C, 8)[1], values[-8:], rtol=1e-8, atol=0)
 
 
+def test_an_answer_that_another_application_changes_is_not_kept(monkeypatch):
+    """Though its energy is the one that is promised."""
+    W, C = layer(160, 384, "plain")
+    C = DampedCovariance(C)
+
+    def anything(inverse, rank, tolerance):
+        V = torch.linalg.qr(torch.randn(inverse.size, rank, generator=torch.Generator().manual_seed(2))).Q
+        return V, float((V.double().T @ W.double() @ C.matrix).square().sum())
+
+    monkeypatch.setattr(safety_subspace, "_smallest", anything)
+    assert safety_subspace._by_krylov(W, C, 8, torch.float32) is None
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_degenerate_wide_problems_end(value):
     W, C = layer(160, 384, "plain")
