@@ -25,7 +25,7 @@ from guardspace_kernels.guard.layers import (
     linear_weight,
     unwrapped,
 )
-from guardspace_kernels.guard.null_space import RULES, EmptyNullSpaceError, NullSpace, null_space
+from guardspace_kernels.guard.null_space import RULES, EmptyNullSpaceError, NullSpace, is_finite, null_space
 from guardspace_kernels.guard.passes import parse_bytes
 from guardspace_kernels.guard.safety_subspace import INITS, DampedCovariance, starting_factors, trailing_subspace
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
@@ -235,7 +235,7 @@ def _space_for(entry: InputStatistics, covariance: torch.Tensor, config: GuardCo
     layer = entry.layers[0]
     if entry.tokens == 0:
         raise ValueError(f"layer {layer}: no token was counted; collect statistics on longer prompts")
-    if not (torch.isfinite(covariance).all() and torch.isfinite(entry.sinks).all()):
+    if not (is_finite(covariance) and is_finite(entry.sinks)):
         raise ValueError(f"layer {layer}: the statistics hold non-finite values; collect them again")
     if not config.projector:
         return None

@@ -7,8 +7,6 @@ factored for wide W alone.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from guardspace_kernels.ops import covariance_update_
@@ -16,9 +14,10 @@ from guardspace_kernels.ops._library import full_float32_products
 
 INITS = ("balanced", "paper", "zero")
 
-# A Krylov space is grown until a step lowers the energy, as the inverse's Ritz values tell it, by less than this; by
-# less than the second where the answer then fails the check, as it may where the small singular values lie close.
-_TOLERANCES = 2e-3, 2e-4
+# A Krylov space is grown until the residuals of its Ritz vectors say that another step would lower the energy by less
+# than this share; by less than the second where the answer then fails the check, as it may where the small singular
+# values lie close. What they say is 30% to 100% of what all further steps together gain.
+_TOLERANCES = 1e-3, 2e-4
 # An answer is kept if its energy is what its Ritz values promise, and if it was found in float32 also if another
 # application of the inverse leaves that energy where it is, both in float64 and to these tolerances.
 _SAME_ENERGY, _SAME_AFTER = 5e-3, 2e-2
@@ -118,7 +117,9 @@ class _Inverse:
             Z = torch.linalg.solve_triangular(self._R, Y, upper=True)
         else:
             Z = torch.linalg.lu_solve(self._R, self._pivots, Y)
-        Z = torch.cholesky_solve(torch.cholesky_solve(Z, self._L), self._L)
+        for _ in range(2):  # cholesky_solve would copy the factor each time
+            Z = torch.linalg.solve_triangular(self._L, Z, upper=False)
+            Z = torch.linalg.solve_triangular(self._L.T, Z, upper=True)
         if self._pivots is None:
             return torch.linalg.solve_triangular(self._R.T, Z, upper=False)
         return torch.linalg.lu_solve(self._R, self._pivots, Z, adjoint=True)
@@ -147,46 +148,49 @@ def _by_krylov(
 def _checked(
     weight: torch.Tensor, C: DampedCovariance, inverse: _Inverse, V: torch.Tensor, energy: float
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    U, _ = torch.linalg.qr(inverse.lift(V).double())
-    rows = (U.T @ weight.double()) @ C.matrix
+    U = _orthonormal(inverse.lift(V).double())
+    columns = [U, inverse.lift(inverse.apply(V)).double()] if inverse.dtype == torch.float32 else [U]
+    # In one pass over W and C, which takes longer than the products.
+    rows, *again = ((torch.cat(columns, dim=1).T @ weight.double()) @ C.matrix).split(V.shape[1])
     values, mix = torch.linalg.eigh(rows @ rows.T)
     true = float(values.sum())
     if not 0 < true <= (1 + _SAME_ENERGY) * energy:
         return None
-    if inverse.dtype == torch.float32:
-        again = inverse.lift(inverse.apply(V)).double()
-        after = (((again.T @ weight.double()) @ C.matrix).square().sum(1) / again.square().sum(0)).sum()
+    if again:
+        after = (again[0].square().sum(1) / columns[1].square().sum(0)).sum()
         if not abs(float(after) / true - 1) <= _SAME_AFTER:
             return None
     return U @ mix.flip(1), values.flip(0).clamp_min(0).sqrt()
 
 
 def _smallest(inverse: _Inverse, rank: int, tolerance: float) -> tuple[torch.Tensor, float] | None:
-    """(V, Σ σ²): the ``rank`` leading Ritz vectors of the inverse in a block Krylov space, orthonormal, and the sum of
-    the reciprocals of their Ritz values, which are at most those of the exact answer."""
+    """(V, Σ σ²): the ``rank`` leading Ritz vectors of the inverse in a block Krylov space, applied to once more and
+    orthonormal, and the sum of the reciprocals of their Ritz values, which are at most those of the exact answer."""
     block = min(rank + 8, inverse.size)
     start = torch.randn(inverse.size, block, generator=torch.Generator().manual_seed(0), dtype=inverse.dtype)
     basis = _orthonormal(inverse.apply(start.to(inverse.device)))
-    image = inverse.apply(basis)
-    H, before = (basis.T @ image).double(), math.inf
+    images = inverse.apply(basis)
+    H = (basis.T @ images).double()
     for _ in range(_MOST_STEPS):
         if not torch.isfinite(H).all():
             return None
-        ritz = torch.linalg.eigvalsh((H + H.T) / 2)[-rank:]
+        ritz, mix = (x[..., -rank:] for x in torch.linalg.eigh((H + H.T) / 2))
         if ritz[0] <= 0:
             return None
         energy = float((1 / ritz).sum())
-        if before <= (1 + tolerance) * energy:
-            vectors = torch.linalg.eigh((H + H.T) / 2)[1][:, -rank:]
-            return basis @ vectors.to(basis.dtype), energy
-        before = energy
+        vectors = mix.to(basis.dtype)
+        V = images @ vectors  # the Ritz vectors after one more application, which costs nothing
+        residuals = (V - basis @ (vectors * ritz.to(basis.dtype))).double().square().sum(0)
+        left = float((residuals / ritz**3).sum())
+        if left <= tolerance * energy:
+            return _orthonormal(V), energy
         if basis.shape[1] + block > inverse.size:
             return None
-        V = image
+        V = images[:, -block:]
         for _ in range(2):
             V = _orthonormal(V - basis @ (basis.T @ V))
-        basis, image = torch.cat([basis, V], dim=1), inverse.apply(V)
-        columns = (basis.T @ image).double()
+        basis, images = torch.cat([basis, V], dim=1), torch.cat([images, inverse.apply(V)], dim=1)
+        columns = (basis.T @ images[:, -block:]).double()
         H = torch.cat([torch.cat([H, columns[:-block].T]), columns], dim=1)
     return None
 
@@ -204,10 +208,11 @@ def starting_factors(
     and column i of B₀ have equal norms) or ``c_i = (σ_i/s)^½`` (``init="paper"``). A row with ``‖u_iᵀW‖`` at rounding
     level is set to zero and its column of B₀ kept, so that it can still learn; ``dead`` counts those.
     """
-    rows = U.T @ weight.double()
+    W = weight.double()
+    rows = U.T @ W
     norms = rows.norm(dim=1)
     # Float32's for every dtype, that of the factors: all trailing rows of a large bfloat16 weight lie under bfloat16's.
-    rounding = torch.finfo(torch.float32).eps * weight.double().norm()
+    rounding = torch.finfo(torch.float32).eps * W.norm()
     dead = norms <= rounding
     c = ((norms if init == "balanced" else sigma) / scale).sqrt()
     usable = ~dead & (c > 0)

@@ -211,8 +211,11 @@ def unpacked(triangle: torch.Tensor) -> torch.Tensor:
     if C.is_cuda:
         C[_triangular(d, C.device)] = triangle
     else:
-        for row, part in zip(C.unbind(), triangle.split(list(range(1, d + 1))), strict=True):
-            row[: len(part)] = part
+        # Row by row through NumPy, whose views cost a tenth of torch's.
+        rows, entries, end = C.numpy(), triangle.numpy(), 0
+        for i, row in enumerate(rows):
+            row[: i + 1] = entries[end : end + i + 1]
+            end += i + 1
     symmetrize_(C)
     return C
 

@@ -171,6 +171,17 @@ def test_unusable_covariances_and_rules():
         null_space(C, NO_SINKS, rule="rank")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_non_finite_entry_is_found_wherever_it_is(value):
+    for i in range(37 * 37):
+        C = torch.zeros(37, 37)
+        assert module.is_finite(C)
+        C.view(-1)[i] = value
+        assert not module.is_finite(C)
+    assert module.is_finite(torch.full((37, 37), torch.finfo(torch.float64).max, dtype=torch.float64))
+    assert module.is_finite(NO_SINKS)
+
+
 def wide_covariance(d=300, seed=0):
     generator = torch.Generator().manual_seed(seed)
     X = torch.randn(4 * d, d, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, d).double()

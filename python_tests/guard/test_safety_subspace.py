@@ -191,6 +191,19 @@ def test_a_wrong_answer_is_not_kept(monkeypatch):
     torch.testing.assert_close(trailing_subspace(W, C, 8)[1], values[-8:], rtol=1e-8, atol=0)
 
 
+def test_an_answer_that_another_application_changes_is_not_kept(monkeypatch):
+    """Though its energy is the one that is promised."""
+    W, C = layer(160, 384, "plain")
+    C = DampedCovariance(C)
+
+    def anything(inverse, rank, tolerance):
+        V = torch.linalg.qr(torch.randn(inverse.size, rank, generator=torch.Generator().manual_seed(2))).Q
+        return V, float((V.double().T @ W.double() @ C.matrix).square().sum())
+
+    monkeypatch.setattr(safety_subspace, "_smallest", anything)
+    assert safety_subspace._by_krylov(W, C, 8, torch.float32) is None
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_degenerate_wide_problems_end(value):
     W, C = layer(160, 384, "plain")
@@ -221,3 +234,18 @@ def test_an_answer_that_fails_the_check_is_refined(dtype, monkeypatch):
     damped = safety_subspace.DampedCovariance(C).matrix
     best = torch.linalg.svdvals(W.double() @ damped)[-16:].square().sum()
     assert best * (1 - 1e-9) <= fine <= min(coarse, best * 1.0006)
+
+
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("shape", WIDE)
+def test_the_residuals_tell_what_is_left_to_gain(shape, tolerance):
+    """And the answer is better than its Ritz values, which a Ritz vector's own energy never is."""
+    W, C = layer(*shape, "plain")
+    C = DampedCovariance(C)
+    inverse = safety_subspace._Inverse(W, C, torch.float64)
+    V, promised = safety_subspace._smallest(inverse, 8, tolerance)
+    U = torch.linalg.qr(inverse.lift(V)).Q
+    M = W.double() @ C.matrix
+    best, found = torch.linalg.svdvals(M)[-8:].square().sum(), (U.T @ M).square().sum()
+    assert (V.T @ V - torch.eye(8)).abs().max() < 1e-12
+    assert best * (1 - 1e-9) <= found <= promised <= best * (1 + 4 * tolerance)
