@@ -86,36 +86,87 @@ class _EnoughError(Exception):
 class _Collector:
     """The hooks of one collection: routes each layer's input to its accumulator, once per distinct tensor."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], dtype: torch.dtype, sink: bool) -> None:
-        self.layers = layers
+    def __init__(self, guarded: Mapping[str, nn.Module], names: Iterable[str], dtype: torch.dtype, sink: bool) -> None:
+        """Collects for ``names``, some of the guarded layers."""
+        self.guarded = guarded
+        self.layers = {name: guarded[name] for name in names}
         self.dtype = dtype
         self.sink = sink
         self.inputs: list[_Input] = []
         self.input_of: dict[str, _Input] = {}
-        self.mask = torch.empty(0)
-        self.first = torch.empty(0)
+        self.mask = self.counted = self.first = torch.empty(0)
+        self.real: torch.Tensor | None = None  # indices of the real tokens, where there are others
+        self.place = torch.empty(0)  # of every token, the real one whose output it gets
+        self.leading = torch.Size()  # dimensions of the layer's input
+        self.latest: tuple[torch.Tensor, int, torch.Tensor] | None = None  # an input, its version, its real rows
         self.batch = 0
+        self.called: list[str] = []
         self.waiting: set[str] = set()  # what a forward is run for; empty: let it end by itself
 
     @contextmanager
     def counting(self, mask: torch.Tensor) -> Iterator[None]:
-        """Within the context every forward of a layer counts; hooks go whatever happens."""
-        self.mask, self.first = mask, first_tokens(mask)
-        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in self.layers.items()]
+        """Within the context every forward of a layer counts; hooks go whatever happens.
+
+        All guarded layers multiply real tokens only, whichever of them are collected: the bits of a product depend on
+        its number of rows.
+        """
+        self.mask, self.real, self.called = mask, None, []
+        first, flat = first_tokens(mask)[mask], mask.flatten()
+        self.first, self.counted = first.nonzero().flatten(), ~first
+        if not flat.all():
+            self.real = flat.nonzero().flatten()
+            self.place = (flat.cumsum(dim=0) - 1).clamp_min(0)
+        handles = []
+        for name, module in self.guarded.items():
+            handles.append(module.register_forward_pre_hook(self._hook(name)))
+            if self.real is not None:
+                # Before the hooks of others, which are used to the whole output.
+                handles.append(module.register_forward_hook(self._whole, prepend=True))
         try:
             yield
         finally:
+            self.latest = None
             for handle in handles:
                 handle.remove()
 
     def _hook(self, name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not args:
                 raise TypeError(f"layer {name} is called with keywords alone; leave it out of target_modules")
-            self.see(name, args[0])
-            self.arrived(name)
+            self.leading = args[0].shape[:-1]
+            if name in self.layers:
+                self.called.append(name)
+                self.see(name, args[0])
+                self.arrived(name)
+            return None if self.real is None else (self.rows_of(name, args[0]), *args[1:])
 
         return hook
+
+    def rows_of(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """The real tokens of a layer's input, (T, d)."""
+        # Prompts flattened to (rows, d) keep the mask's order; other shapes, as (tokens, prompts, d), may not.
+        if x.shape[:-1] != self.mask.shape and (x.dim() != 2 or x.shape[0] != self.mask.numel()):
+            raise ValueError(
+                f"layer {name}: input of shape {tuple(x.shape)} does not match the attention mask "
+                f"{tuple(self.mask.shape)}; such layers (routed experts, cross-attention) cannot be collected: "
+                "leave them out of target_modules"
+            )
+        flat = x.reshape(-1, x.shape[-1])
+        if self.real is None:
+            return flat
+        if self.latest is None or self.latest[0] is not x or self.latest[1] != _version(x):
+            self.latest = x, _version(x), flat.index_select(0, self.real.to(x.device))
+        return self.latest[2]
+
+    def once(self, model: nn.Module) -> bool:
+        """Whether the last forward called every layer once: one like it may end where the last of them is reached,
+        unless sharded modules run collectives that every process must reach."""
+        sharded = any(hasattr(module, "unshard") for module in model.modules())
+        return sorted(self.called) == sorted(self.layers) and not sharded
+
+    def _whole(self, _module: nn.Module, _args: Any, result: torch.Tensor) -> torch.Tensor:
+        """Padding gets the output of a real token: nothing reads it, but zeros, or garbage, might become NaN."""
+        return result.index_select(0, self.place.to(result.device)).reshape(*self.leading, -1)
 
     def arrived(self, name: str) -> None:
         """Ends the forward if it was the last thing to wait for."""
@@ -150,22 +201,11 @@ class _Collector:
 
     def update(self, name: str, mine: _Input, x: torch.Tensor) -> None:
         mine.tensor, mine.version = weakref.ref(x), _version(x)
-        rows = x
-        if x.shape[:-1] != self.mask.shape:
-            # Prompts flattened to (rows, d) keep the mask's order; other shapes, as (tokens, prompts, d), may not.
-            if x.dim() != 2 or x.shape[0] != self.mask.numel():
-                raise ValueError(
-                    f"layer {name}: input of shape {tuple(x.shape)} does not match the attention mask "
-                    f"{tuple(self.mask.shape)}; such layers (routed experts, cross-attention) cannot be collected: "
-                    "leave them out of target_modules"
-                )
-            rows = x.reshape(*self.mask.shape, x.shape[-1])
-        mask = self.mask.to(x.device)
+        rows, counted = self.rows_of(name, x), None
         if self.sink:
-            first = self.first.to(x.device)
-            mine.new_sinks.append(rows[first].detach().to(self.dtype))
-            mask = mask & ~first
-        mine.accumulator.update(rows, mask)
+            mine.new_sinks.append(rows.index_select(0, self.first.to(x.device)).to(self.dtype))
+            counted = self.counted.to(x.device)
+        mine.accumulator.update(rows, counted)
 
     def end_batch(self) -> None:
         """Looks for non-finite values, one device synchronisation for all layers, and keeps distinct sinks."""
@@ -294,9 +334,8 @@ class _Scout(_Collector):
     """Sees in one forward which layers read which tensor, and between which blocks; accumulates nothing."""
 
     def __init__(self, layers: Mapping[str, nn.Module], blocks: Sequence[nn.Module]) -> None:
-        super().__init__(layers, torch.float32, False)
+        super().__init__(layers, layers, torch.float32, False)
         self.blocks = blocks
-        self.called: list[str] = []
         self.begun: list[int] = []
         self.results: list[torch.Tensor | None] = []
         self.after: dict[str, int] = {}
@@ -318,7 +357,6 @@ class _Scout(_Collector):
                 handle.remove()
 
     def see(self, name: str, x: torch.Tensor) -> None:
-        self.called.append(name)
         self.after.setdefault(name, len(self.results))
         if not x.is_meta and self.blocks and len(self.results) >= len(self.blocks) // 2:
             self.read[name] = tensor_fingerprint(x)
@@ -360,11 +398,9 @@ def _scouted(
     scout = _Scout(layers, blocks)
     replay = Replay(blocks)
     replay.begin(0, len(blocks) // 2)
-    # Sharded modules run collectives that every process must reach.
-    sharded = any(hasattr(module, "unshard") for module in model.modules())
     with replay.run(0), scout.counting(mask):
         forward_batch(model, batch)
-    once = sorted(scout.called) == sorted(layers) and not sharded
+    once = scout.once(model)
     in_order = len(blocks) > 1 and scout.begun == list(range(len(blocks)))
     results = [result for result in scout.results if result is not None]
     if not (once and in_order and len(results) == len(blocks)):
@@ -428,9 +464,11 @@ def collect_statistics(
 ) -> CalibrationStatistics:
     """One pass over safety-triggering prompts: ``C = Xᵀ X`` of the input of every guarded layer.
 
-    Padding never counts, on either side. Layers that read the same tensor (q/k/v, gate/up) share one covariance. The
-    first real token of each prompt, the attention sink, whose input can dwarf all others and is the same in every
-    prompt, is kept out of C; its distinct inputs are kept apart and will be protected as directions of their own.
+    Padding never counts, on either side, and guarded layers do not compute it: at padding their output is that of a
+    real token. A forward ends where the last layer is reached if the first forward called each of them once. Layers
+    that read the same tensor (q/k/v, gate/up) share one covariance. The first real token of each prompt, the attention
+    sink, whose input can dwarf all others and is the same in every prompt, is kept out of C; its distinct inputs are
+    kept apart and will be protected as directions of their own.
 
     Args:
         model: the aligned base model, without adapters. It is run in eval mode and left in the mode it was in.
@@ -488,7 +526,7 @@ def collect_statistics(
         answered: dict[int, Batch] = {}
         prompts = 0
         for number, names in enumerate(passes):
-            collector = _Collector({name: layers[name] for name in names}, dtype, separate_sink)
+            collector = _Collector(layers, names, dtype, separate_sink)
             path, every = checkpoint, checkpoint_every
             if several and checkpoint is None:
                 path, every = os.path.join(folder, str(number)), sys.maxsize
@@ -515,10 +553,11 @@ def collect_statistics(
                     running.enter_context(collector.counting(checked_mask(batch, index)))
                     if replay:
                         running.enter_context(replay.run(index, partial(collector.arrived, _OUTPUT)))
-                    if several and once:
+                    if once:
                         collector.waiting = {*names, _OUTPUT} if replay and replay.keeps else set(names)
                         running.enter_context(suppress(_EnoughError))
                     forward_batch(model, batch)
+                once = once or (not several and collector.once(model))
                 collector.end_batch()
                 state.add(raw, collector.mask.shape[0], save=(index + 1) % every == 0)
             state.end(index + 1)
