@@ -38,6 +38,7 @@ from guardspace_kernels.guard.passes import (
     output_of,
     parse_bytes,
     plan_passes,
+    release_memory,
 )
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics, distinct, packed, unpacked
 from guardspace_kernels.nn import CovarianceAccumulator
@@ -570,4 +571,7 @@ def collect_statistics(
                     f"layer {unseen[0]} was never reached by the forward pass; leave it out of target_modules"
                 )
             inputs += state.statistics() if several else [one.statistics() for one in collector.inputs]
+            del collector, state
+            if max_memory is not None:
+                release_memory()
     return CalibrationStatistics(inputs, fingerprint, prompts)
