@@ -94,6 +94,20 @@ def test_guarded_layers_compute_real_tokens_only(kind, side):
         assert relative_error(y[mask], wanted[mask]) < 1e-5
 
 
+def test_an_output_has_the_shape_of_its_flattened_input():
+    shapes = []
+
+    class Flat(PlainModel):
+        def forward(self, input_ids, attention_mask=None):
+            y = self.q(self.embed(input_ids).reshape(-1, 10))
+            shapes.append(tuple(y.shape))
+            return y
+
+    batch = batch_of()
+    collect(Flat(), [batch, batch], target_modules=["q"])
+    assert shapes == [(batch["input_ids"].numel(), 8)]  # the second forward has ended before
+
+
 class TwiceModel(PlainModel):
     """Calls its last layer twice."""
 
@@ -191,17 +205,17 @@ def test_target_modules(target, count):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_distinct_is_row_by_row(dtype):
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(4, 20, generator=generator, dtype=dtype)
+    centres = torch.randn(4, 20, generator=generator, dtype=dtype) * 10.0 ** torch.arange(4)[:, None]
     steps = 10.0 ** torch.linspace(-5, -1, 41, dtype=dtype)[torch.randperm(41, generator=generator)]
     noise = torch.randn(41, 20, generator=generator, dtype=dtype)
     rows = centres[torch.arange(41) % 4]
     rows = rows + (steps / noise.norm(dim=1) * rows.norm(dim=1))[:, None] * noise
-    wanted = [centres[0]]
+    wanted = list(centres[:2])
     for row in rows:
         if all((one - row).double().norm() > 1e-3 * one.double().norm() for one in wanted):
             wanted.append(row)
     assert 5 < len(wanted) < 35
-    assert torch.equal(distinct(rows, centres[:1]), torch.stack(wanted))
+    assert torch.equal(distinct(rows, centres[:2]), torch.stack(wanted))
     assert torch.equal(distinct(rows[:0], centres[:1]), centres[:1])
 
 
