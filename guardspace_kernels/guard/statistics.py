@@ -186,7 +186,7 @@ def packed(C: torch.Tensor) -> torch.Tensor:
     """The lower triangle, row after row: (d (d + 1) / 2,)."""
     if C.is_cuda:
         return C[_triangular(len(C), C.device)]
-    # By numpy, whose slices cost a tenth of torch's: a model has a hundred thousand rows.
+    # By numpy, whose slices cost less: 0.27 ms instead of 1.3 for 576 rows, of which a model has a hundred thousand.
     return torch.from_numpy(np.concatenate([row[: i + 1] for i, row in enumerate(C.detach().numpy())]))
 
 
