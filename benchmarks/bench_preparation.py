@@ -217,7 +217,7 @@ def row(name: str, contestant: str, blocks: int | None, measured: dict[str, Any]
 
 def _estimate(name: str, blocks: int | None) -> Estimate:
     model = build(name, blocks) if name not in SHAPES else _on_meta(name, blocks)
-    tokens = sum(batch["input_ids"].numel() for batch in padded(prompts(1000)))  # padding is computed too
+    tokens = sum(map(len, prompts(1000)))
     return estimate_preparation(
         model, prompts=PROMPTS, tokens_per_prompt=round(tokens / PROMPTS), rank=RANK,
         dtype=torch.bfloat16 if name == "Llama-2-7B" else torch.float32,

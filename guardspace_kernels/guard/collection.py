@@ -24,6 +24,7 @@ from guardspace_kernels.guard.batches import (
     check_ids,
     checked_mask,
     evaluating,
+    first_tokens,
     forward_batch,
     to_device,
     with_answers,
@@ -46,6 +47,7 @@ from guardspace_kernels.guard.passes import (
     output_of,
     parse_bytes,
     plan_passes,
+    release_memory,
 )
 from guardspace_kernels.guard.routing import Routing, grouped_as_siblings
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics, distinct, packed, unpacked
@@ -99,37 +101,85 @@ class _EnoughError(Exception):
 class _Collector:
     """The hooks of one collection: routes each layer's input to its accumulator, once per distinct tensor."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], dtype: torch.dtype, sink: bool, routing: Routing) -> None:
-        self.layers = layers
+    def __init__(
+        self, guarded: Mapping[str, nn.Module], names: Iterable[str], dtype: torch.dtype, sink: bool, routing: Routing
+    ) -> None:
+        """Collects for ``names``, some of the guarded layers."""
+        self.guarded = guarded
+        self.layers = {name: guarded[name] for name in names}
         self.dtype = dtype
         self.sink = sink
         self.routing = routing
         self.inputs: list[_Input] = []
         self.input_of: dict[str, _Input] = {}
-        self.mask = torch.empty(0)
+        self.mask = self.counted = self.first = torch.empty(0)
+        self.real: torch.Tensor | None = None  # indices of the real tokens, where there are others
+        self.place = torch.empty(0)  # of every token, the real one whose output it gets
+        self.latest: tuple[torch.Tensor, int, torch.Tensor] | None = None  # an input, its version, its real rows
         self.batch = 0
+        self.called: list[str] = []
         self.waiting: set[str] = set()  # what a forward is run for; empty: let it end by itself
 
     @contextmanager
     def counting(self, mask: torch.Tensor) -> Iterator[None]:
-        """Within the context every forward of a layer counts; hooks go whatever happens."""
-        self.mask = mask
-        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in self.layers.items()]
+        """Within the context every forward of a layer counts; hooks go whatever happens.
+
+        All guarded layers multiply real tokens only, whichever of them are collected, since the bits of a product
+        depend on its number of rows; but those whose input is not (prompts, tokens, d), such as experts.
+        """
+        self.mask, self.real, self.called = mask, None, []
+        first, flat = first_tokens(mask)[mask], mask.flatten()
+        self.first, self.counted = first.nonzero().flatten(), ~first
+        if not flat.all():
+            self.real = flat.nonzero().flatten()
+            self.place = (flat.cumsum(dim=0) - 1).clamp_min(0)
+        handles = []
+        for name, module in self.guarded.items():
+            handles.append(module.register_forward_pre_hook(self._hook(name)))
+            if self.real is not None:
+                # Before the hooks of others, which are used to the whole output.
+                handles.append(module.register_forward_hook(self._whole, prepend=True))
         try:
             with self.routing.watching(mask):
                 yield
         finally:
+            self.latest = None
             for handle in handles:
                 handle.remove()
 
     def _hook(self, name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not args:
                 raise TypeError(f"layer {name} is called with keywords alone; leave it out of target_modules")
-            self.see(name, args[0])
-            self.arrived(name)
+            if name in self.layers:
+                self.called.append(name)
+                self.see(name, args[0])
+                self.arrived(name)
+            if self.real is None or args[0].shape[:-1] != self.mask.shape:
+                return None
+            return (self.rows_of(args[0]), *args[1:])
 
         return hook
+
+    def rows_of(self, x: torch.Tensor) -> torch.Tensor:
+        """The real tokens (T, d) of an input in the mask's order, (prompts, tokens, d)."""
+        flat = x.reshape(-1, x.shape[-1])
+        if self.real is None:
+            return flat
+        if self.latest is None or self.latest[0] is not x or self.latest[1] != _version(x):
+            self.latest = x, _version(x), flat.index_select(0, self.real.to(x.device))
+        return self.latest[2]
+
+    def once(self, model: nn.Module) -> bool:
+        """Whether the last forward called every layer once: one like it may end where the last of them is reached,
+        unless sharded modules run collectives that every process must reach."""
+        return sorted(self.called) == sorted(self.layers) and not is_sharded(model)
+
+    def _whole(self, _module: nn.Module, args: tuple[Any, ...], result: torch.Tensor) -> torch.Tensor | None:
+        """Padding gets the output of a real token: nothing reads it, but zeros, or garbage, might become NaN."""
+        if self.latest is None or args[0] is not self.latest[2]:
+            return None
+        return result.index_select(0, self.place.to(result.device)).reshape(*self.mask.shape, -1)
 
     def arrived(self, name: str) -> None:
         """Ends the forward if it was the last thing to wait for."""
@@ -165,11 +215,16 @@ class _Collector:
     def update(self, name: str, mine: _Input, x: torch.Tensor) -> None:
         mine.tensor, mine.version = weakref.ref(x), _version(x)
         mine.to(x.device)
-        mask, first = self.routing.tokens(name, x)
+        if x.shape[:-1] == self.mask.shape:
+            rows, counted, first = self.rows_of(x), None, self.first.to(x.device)
+            if self.sink:
+                counted = self.counted.to(x.device)
+        else:
+            real, is_first = self.routing.tokens(name, x)
+            rows, counted, first = x, real & ~is_first if self.sink else real, is_first.nonzero().flatten()
         if self.sink:
-            mine.new_sinks.append(x[first].detach().to(self.dtype))
-            mask = mask & ~first
-        mine.accumulator.update(x, mask)
+            mine.new_sinks.append(rows.index_select(0, first).to(self.dtype))
+        mine.accumulator.update(rows, counted)
 
     def end_batch(self) -> None:
         """Looks for non-finite values, one device synchronisation for all layers, and keeps distinct sinks."""
@@ -306,9 +361,8 @@ class _Scout(_Collector):
     """Sees in one forward which layers read which tensor, and between which blocks; accumulates nothing."""
 
     def __init__(self, layers: Mapping[str, nn.Module], blocks: Sequence[nn.Module], routing: Routing) -> None:
-        super().__init__(layers, torch.float32, False, routing)
+        super().__init__(layers, layers, torch.float32, False, routing)
         self.blocks = blocks
-        self.called: list[str] = []
         self.begun: list[int] = []
         self.results: list[torch.Tensor | None] = []
         self.after: dict[str, int] = {}
@@ -330,7 +384,6 @@ class _Scout(_Collector):
                 handle.remove()
 
     def see(self, name: str, x: torch.Tensor) -> None:
-        self.called.append(name)
         self.after.setdefault(name, len(self.results))
         if not x.is_meta and self.blocks and len(self.results) >= len(self.blocks) // 2:
             self.read[name] = tensor_fingerprint(x)
@@ -391,7 +444,7 @@ def _scouted(
     replay.begin(0, len(blocks) // 2)
     with replay.run(0), scout.counting(mask):
         forward_batch(model, batch)
-    once = sorted(scout.called) == sorted(layers) and not is_sharded(model)  # whose forwards must end everywhere
+    once = scout.once(model)
     in_order = len(blocks) > 1 and scout.begun == list(range(len(blocks)))
     results = [result for result in scout.results if result is not None]
     if not (once and in_order and len(results) == len(blocks)):
@@ -476,9 +529,11 @@ def collect_statistics(
 ) -> CalibrationStatistics:
     """One pass over safety-triggering prompts: ``C = Xᵀ X`` of the input of every guarded layer.
 
-    Padding never counts, on either side. Layers that read the same tensor (q/k/v, gate/up) share one covariance. The
-    first real token of each prompt, the attention sink, whose input can dwarf all others and is the same in every
-    prompt, is kept out of C; its distinct inputs are kept apart and will be protected as directions of their own.
+    Padding never counts, on either side, and guarded layers do not compute it: at padding their output is that of a
+    real token. A forward ends where the last layer is reached if the first forward called each of them once. Layers
+    that read the same tensor (q/k/v, gate/up) share one covariance. The first real token of each prompt, the attention
+    sink, whose input can dwarf all others and is the same in every prompt, is kept out of C; its distinct inputs are
+    kept apart and will be protected as directions of their own.
 
     Of a layer in a routed expert, a module called with rows (n, d) of what the module around it reads, C holds the
     tokens that were routed to it. An expert that none reached has statistics of no token.
@@ -551,7 +606,7 @@ def collect_statistics(
         answered: dict[int, Batch] = {}
         prompts = 0
         for number, names in enumerate(passes):
-            collector = _Collector({name: layers[name] for name in names}, dtype, separate_sink, routing)
+            collector = _Collector(layers, names, dtype, separate_sink, routing)
             path, every = checkpoint, checkpoint_every
             if several and checkpoint is None:
                 path, every = os.path.join(folder, str(number)), sys.maxsize
@@ -579,10 +634,11 @@ def collect_statistics(
                     running.enter_context(collector.counting(checked_mask(batch, index)))
                     if replay:
                         running.enter_context(replay.run(index, partial(collector.arrived, _OUTPUT)))
-                    if several and once:
+                    if once:
                         collector.waiting = {*names, _OUTPUT} if replay and replay.keeps else set(names)
                         running.enter_context(suppress(_EnoughError))
                     forward_batch(model, batch)
+                once = once or (not several and collector.once(model))
                 with lockstep.step():
                     collector.end_batch()
                     state.add(raw, collector.mask.shape[0], save=(index + 1) % every == 0)
@@ -599,6 +655,9 @@ def collect_statistics(
                     )
                 unseen += idle
                 inputs += state.statistics() if several else [one.statistics() for one in collector.inputs]
+            del collector, state
+            if max_memory is not None:
+                release_memory()
     for group in grouped_as_siblings(unseen, [one.layers for one in inputs], routing.containers):
         inputs.append(_of_no_token(group, linear_weight(layers[group[0]]).shape[1], dtype))
     # Which expert is reached first depends on the prompts: statistics of others must have the same order to be merged.

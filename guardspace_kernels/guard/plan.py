@@ -26,7 +26,7 @@ from guardspace_kernels.guard.layers import (
     unwrapped,
 )
 from guardspace_kernels.guard.null_space import RULES, EmptyNullSpaceError, NullSpace, is_finite, null_space
-from guardspace_kernels.guard.passes import parse_bytes
+from guardspace_kernels.guard.passes import parse_bytes, release_memory
 from guardspace_kernels.guard.safety_subspace import INITS, DampedCovariance, starting_factors, trailing_subspace
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 from guardspace_kernels.ops import null_project_
@@ -418,6 +418,8 @@ def _in_parallel(
         try:
             return solve(item)
         finally:
+            if budget is not None:
+                release_memory()
             with changed:
                 taken -= mine
                 changed.notify_all()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tensors
@@ -196,7 +197,8 @@ def packed(C: torch.Tensor) -> torch.Tensor:
     """The lower triangle, row after row: (d (d + 1) / 2,)."""
     if C.is_cuda:
         return C[_triangular(len(C), C.device)]
-    return torch.cat([row[: i + 1] for i, row in enumerate(C.unbind())])
+    # By numpy, whose slices cost less: 0.27 ms instead of 1.3 for 576 rows, of which a model has a hundred thousand.
+    return torch.from_numpy(np.concatenate([row[: i + 1] for i, row in enumerate(C.detach().numpy())]))
 
 
 def _triangular(d: int, device: torch.device) -> torch.Tensor:
@@ -233,7 +235,17 @@ def distinct(candidates: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     # Statistics are kept in float32 at least: what bfloat16 can hold came from a model in it, and rounds as coarsely.
     coarse = torch.equal(rows.bfloat16().to(rows.dtype), rows) or torch.equal(rows.half().to(rows.dtype), rows)
     tolerance = 2e-2 if coarse else 1e-3
-    for row in rows:
-        if bool(((known - row).norm(dim=1) > tolerance * known.norm(dim=1)).all()):
-            known = torch.cat([known, row[None]])
-    return known
+    rows = rows[_apart(rows, known, tolerance)]
+    found = [known]
+    while len(rows):
+        found.append(rows[:1])
+        rows = rows[1:]
+        rows = rows[_apart(rows, found[-1], tolerance)]
+    return torch.cat(found) if len(found) > 1 else known
+
+
+def _apart(rows: torch.Tensor, known: torch.Tensor, tolerance: float) -> torch.Tensor:
+    """Which rows differ from every known one."""
+    # Not by a product: distances of a thousandth would drown in its rounding.
+    distances = torch.cdist(known, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    return (distances > tolerance * known.norm(dim=1, keepdim=True)).all(dim=0)

@@ -1,6 +1,9 @@
 """Collection under a memory budget: the bits of a single pass, within the budget, each block run about once."""
 
+import platform
+import resource
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from test_interrupted_statistics import Stop
 from test_statistics import LateReader
 
 import guardspace_kernels as gk
-from guardspace_kernels.guard import collection
+from guardspace_kernels.guard import collection, passes, plan
 from guardspace_kernels.guard.collection import plan_collection
 from guardspace_kernels.guard.passes import LayerInput, parse_bytes, plan_passes
 
@@ -219,6 +222,31 @@ def test_budgets():
         assert plan.live_bytes <= budget and plan.whole_bytes == 2000 and plan.stored_bytes == 1100
         assert all(sum(one.bytes(torch.float32) for one in part) + 220 <= budget for part in plan.passes)
         assert len(plan.passes) == -(-5 // min(5, (budget - 220) // 400))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have nothing to be told")
+def test_freed_memory_goes_back_to_the_system():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    blocks = [torch.ones(2**14) for _ in range(2000)]  # of 64 KB, 131 MB in all, from the heap
+    last = torch.ones(2**14)
+    del blocks
+    before = resident()
+    passes.release_memory()
+    assert before - resident() > 60e6 and last.sum() == 2**14
+
+
+def test_under_a_budget_it_does_after_every_pass_and_solve(monkeypatch):
+    model, released = deep_llama(), []
+    for module in (collection, plan):
+        monkeypatch.setattr(module, "release_memory", lambda module=module: released.append(module))
+    gk.plan_guard(model, collect(model, BATCHES), gk.GuardConfig(rank=2, protect=0.5), progress=False)
+    assert not released
+    stats = collect(model, BATCHES, max_memory=BUDGET["llama"])
+    assert released == [collection] * len(plan_collection(model, BATCHES, max_memory=BUDGET["llama"]).passes)
+    gk.plan_guard(model, stats, gk.GuardConfig(rank=2, protect=0.5), progress=False, max_memory="1GB")
+    assert released.count(plan) == len(stats.inputs)
 
 
 def test_the_plan_is_shown_before(capsys):

@@ -17,7 +17,9 @@ from guard_helpers import (
 from torch import nn
 
 import guardspace_kernels as gk
+from guardspace_kernels.guard.batches import forward_batch
 from guardspace_kernels.guard.files import save_tensors
+from guardspace_kernels.guard.statistics import distinct
 
 
 def check_equal(stats, made, tolerance=2e-5):
@@ -68,6 +70,61 @@ def test_left_and_right_padding_agree_to_rounding_in_float64():
         same_statistics(right, left, 1e-12)
         check_equal(right, hand_made(model, PROMPTS, right.layers), 1e-12)
         assert all(entry.covariance.dtype == torch.float64 for entry in right.inputs)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_guarded_layers_compute_real_tokens_only(kind, side):
+    model, batch, rows, outputs = MODELS[kind](), batch_of(side=side), [], []
+    layers = [model.get_submodule(name) for name in collect(model).layers]
+    for layer in layers:
+        forward = layer.forward
+        layer.forward = lambda x, forward=forward: rows.append(x.shape[:-1].numel()) or forward(x)
+        layer.register_forward_hook(lambda _module, _args, result: outputs.append(result))
+    collect(model, [batch])
+    real = int(batch["attention_mask"].sum())
+    assert rows == [real] * len(layers) and real < batch["input_ids"].numel()
+    assert all(y.shape[:-1] == batch["input_ids"].shape and y.isfinite().all() for y in outputs)
+    # Somebody else's hook sees at each real token what it would see without collecting.
+    collected, mask = list(outputs), batch["attention_mask"].bool()
+    outputs.clear()
+    with torch.no_grad():
+        forward_batch(model, batch)
+    for y, wanted in zip(collected, outputs, strict=True):
+        assert relative_error(y[mask], wanted[mask]) < 1e-5
+
+
+def test_an_output_has_the_shape_of_its_flattened_input():
+    shapes = []
+
+    class Flat(PlainModel):
+        def forward(self, input_ids, attention_mask=None):
+            y = self.q(self.embed(input_ids).reshape(-1, 10))
+            shapes.append(tuple(y.shape))
+            return y
+
+    batch = batch_of()
+    collect(Flat(), [batch, batch], target_modules=["q"])
+    assert shapes == [(batch["input_ids"].numel(), 8)]  # the second forward has ended before
+
+
+class TwiceModel(PlainModel):
+    """Calls its last layer twice."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.out(super().forward(input_ids)[..., :8])
+
+
+@pytest.mark.parametrize("make, heads", [(tiny_llama, 1), (TwiceModel, 3)])
+def test_a_forward_ends_with_the_last_layer_if_each_is_called_once(make, heads):
+    model, ran, batches = make(), [], [batch_of(PROMPTS[i : i + 2]) for i in (0, 2, 3)]
+    if make is tiny_llama:
+        model.lm_head.register_forward_pre_hook(lambda *_: ran.append(1))
+    else:
+        model.register_forward_hook(lambda *_: ran.append(1))
+    stats = collect(model, batches)
+    assert len(ran) == heads
+    check_equal(stats, hand_made(model, [p for i in (0, 2, 3) for p in PROMPTS[i : i + 2]], stats.layers))
 
 
 def test_no_mask_counts_every_token():
@@ -143,6 +200,23 @@ def test_target_modules(target, count):
     stats = collect(model, target_modules=target)
     assert len(stats.layers) == count and "lm_head" not in stats.layers
     check_equal(stats, hand_made(model, PROMPTS, stats.layers))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_distinct_is_row_by_row(dtype):
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(4, 20, generator=generator, dtype=dtype) * 10.0 ** torch.arange(4)[:, None]
+    steps = 10.0 ** torch.linspace(-5, -1, 41, dtype=dtype)[torch.randperm(41, generator=generator)]
+    noise = torch.randn(41, 20, generator=generator, dtype=dtype)
+    rows = centres[torch.arange(41) % 4]
+    rows = rows + (steps / noise.norm(dim=1) * rows.norm(dim=1))[:, None] * noise
+    wanted = list(centres[:2])
+    for row in rows:
+        if all((one - row).double().norm() > 1e-3 * one.double().norm() for one in wanted):
+            wanted.append(row)
+    assert 5 < len(wanted) < 35
+    assert torch.equal(distinct(rows, centres[:2]), torch.stack(wanted))
+    assert torch.equal(distinct(rows[:0], centres[:1]), centres[:1])
 
 
 def test_distinct_sinks():
