@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from guardspace_kernels import dispatch
+from guardspace_kernels.ops import _triton
 from guardspace_kernels.ops._library import (
     LIBRARY,
     define,
@@ -21,6 +22,7 @@ from guardspace_kernels.ops.null_projection import cpu_kernels, reference  # noq
 __all__ = ["null_project_"]
 
 dispatch.register("null_projection", "reference", null_project_=reference.null_project_)
+_triton.register("null_projection", _triton.accepts_written, "null_project_")
 
 
 def _check(g: torch.Tensor, basis: torch.Tensor, where: str = "") -> None:

@@ -1,0 +1,111 @@
+"""Every launch configuration of the Triton kernels: launches take their rows from here, checks compile the same rows.
+
+Nothing here imports Triton. A kernel is named ``<op>.<function>`` and stands in ``ops/<op>/triton_kernels.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+#: The chips that rows are compiled for, by Triton's names without the underscore.
+NVIDIA = ("sm80", "sm89", "sm90", "sm100", "sm120")
+AMD = ("gfx942",)
+
+#: How many items one launch serves at most (``_triton_launch.table``).
+GROUP = 256
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel is called with.
+
+    Attributes:
+        arguments: name -> type as in Triton's signatures, in the kernel's order. "*x" and "*y" are pointers to the
+            dtypes that a call has: "bf16 fp32" for x and y.
+        dtypes: those that occur.
+        aligned: the arguments that are multiples of 16 where tensors are laid out well. Triton reads that off the
+            arguments of a launch; compiled ahead of time it must be told.
+        variants: constants that a call decides, not a row: every combination that occurs.
+    """
+
+    arguments: dict[str, str]
+    dtypes: tuple[str, ...]
+    aligned: tuple[str, ...]
+    variants: tuple[dict[str, Any], ...] = ({},)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to launch a kernel.
+
+    Attributes:
+        targets: the chips it runs on. constants: tile sizes and the like. warps, stages: as in Triton.
+        least: sizes, in an order that is the kernel's own, from which this row is the first choice; the rows of a
+            kernel stand in order of preference, the last one for everything.
+    """
+
+    kernel: str
+    targets: tuple[str, ...]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    least: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Its name among the rows of its kernel, in files that remember choices."""
+        sizes = " ".join(f"{name}={value}" for name, value in self.constants.items())
+        return f"{sizes} warps={self.warps} stages={self.stages}"
+
+
+_GROUPED: tuple[dict[str, Any], ...] = (
+    {"GROUPED": False, "ALIGNED": False},  # one item: Triton sees its alignment by itself
+    {"GROUPED": True, "ALIGNED": True},
+    {"GROUPED": True, "ALIGNED": False},
+)
+
+KERNELS = {
+    "null_projection.onto_basis": Kernel(
+        arguments={
+            "G": "*x", "BASIS": "*fp32", "r": "i32", "d": "i32", "k": "i32", "stride_g": "i64", "stride_b": "i64",
+            "h": "i64", "TABLE": "*i64", "n": "i32", "H": "*fp32",
+        },
+        dtypes=("fp32", "fp16", "bf16"),
+        aligned=("G", "BASIS", "d", "k", "stride_g", "stride_b", "h", "TABLE", "H"),
+        variants=_GROUPED,
+    ),
+    "null_projection.from_basis": Kernel(
+        arguments={
+            "G": "*x", "OUT": "*y", "BASIS": "*fp32", "r": "i32", "d": "i32", "k": "i32", "stride_g": "i64",
+            "stride_out": "i64", "stride_b": "i64", "complement": "i32", "h": "i64", "TABLE": "*i64", "n": "i32",
+            "H": "*fp32",
+        },
+        dtypes=("fp32 fp32", "fp16 fp16", "bf16 bf16", "fp32 fp16", "fp32 bf16"),
+        aligned=("G", "OUT", "BASIS", "d", "k", "stride_g", "stride_out", "stride_b", "h", "TABLE", "H"),
+        variants=_GROUPED,
+    ),
+}  # fmt: skip
+
+# Products of float32 with the accuracy of float32: three of TF32 on NVIDIA's tensor cores; AMD's have float32 ones.
+_EXACT = {NVIDIA: "tf32x3", AMD: "ieee"}
+
+
+def _projection_rows(kernel: str) -> list[Row]:
+    rows = []
+    for targets, precision in _EXACT.items():
+        for block_r, least in ((64, (33,)), (16, ())):
+            constants = {"BLOCK_R": block_r, "BLOCK_K": 32, "BLOCK_D": 64, "SLICES": 4, "PRECISION": precision}
+            rows.append(Row(kernel, targets, constants, warps=8 if block_r == 64 else 4, stages=3, least=least))
+    return rows
+
+
+ROWS = [
+    *_projection_rows("null_projection.onto_basis"),
+    *_projection_rows("null_projection.from_basis"),
+]
+
+
+def rows_for(kernel: str, target: str) -> list[Row]:
+    """In order of preference."""
+    return [row for row in ROWS if row.kernel == kernel and target in row.targets]
