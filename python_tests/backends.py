@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,9 +46,13 @@ def backend(request) -> Iterator[str]:
 
 @pytest.fixture
 def triton_kernels(monkeypatch) -> None:
-    """The Triton kernels for what they accept, under Triton's interpreter on CPU tensors; else the reference."""
+    """The Triton kernels for what they accept, under Triton's interpreter on CPU tensors; else the reference.
+
+    A sanitizer watches them: python_tests/triton_sanitizer.py.
+    """
     triton_interpreter = pytest.importorskip("triton_interpreter", reason="Triton is not installed")
     triton_interpreter.mend()
+    importlib.import_module("triton_sanitizer").watch(monkeypatch)
     monkeypatch.setattr(dispatch, "BACKENDS", ("triton", "reference"))
     monkeypatch.setattr(_triton, "devices", {"cpu"})
 

@@ -11,7 +11,6 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 _Builder = interpreter.InterpreterBuilder
-_ORIGINAL = {name: getattr(_Builder, name) for name in ("create_dot", "binary_op", "cast_impl", "create_fp_to_fp")}
 _COMPARISONS = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
 
 
@@ -34,36 +33,53 @@ def _rounded(values: np.ndarray) -> np.ndarray:
 
 def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     if not (_is_bfloat16(a) or _is_bfloat16(b)):
-        return _ORIGINAL["create_dot"](self, a, b, d, input_precision, max_num_imprecise_acc)
+        return ORIGINAL["create_dot"](self, a, b, d, input_precision, max_num_imprecise_acc)
     product = np.matmul(_widened(a), _widened(b), dtype=np.float32)
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 
 def _binary(self, left, right, op):
     if not _is_bfloat16(left):
-        return _ORIGINAL["binary_op"](self, left, right, op)
-    result = op(_widened(left), _widened(right))
-    return interpreter.TensorHandle(result if op in _COMPARISONS else _rounded(result), left.dtype.scalar)
+        return ORIGINAL["binary_op"](self, left, right, op)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        result = op(_widened(left), _widened(right))
+    if op in _COMPARISONS:
+        return interpreter.TensorHandle(result, tl.int1)
+    return interpreter.TensorHandle(_rounded(result), left.dtype.scalar)
+
+
+def _unary(self, value, op):
+    if not _is_bfloat16(value):
+        return ORIGINAL["unary_op"](self, value, op)
+    return interpreter.TensorHandle(_rounded(op(_widened(value))), value.dtype.scalar)
 
 
 def _cast(self, source, wanted):
     to = wanted.scalar
-    if to == tl.bfloat16 and source.dtype.scalar in (tl.float32, tl.float16):
+    if _is_bfloat16(source) == (to == tl.bfloat16):
+        return ORIGINAL["cast_impl"](self, source, wanted)
+    if to == tl.bfloat16:
         return interpreter.TensorHandle(_rounded(source.data.astype(np.float32)), to)
-    if _is_bfloat16(source) and to != tl.bfloat16:
-        return interpreter.TensorHandle(_widened(source).astype(interpreter._get_np_dtype(to)), to)
-    return _ORIGINAL["cast_impl"](self, source, wanted)
+    return interpreter.TensorHandle(_widened(source).astype(interpreter._get_np_dtype(to)), to)
 
 
-def _cast_float(self, source, wanted, rounding):
+def _cast_rounding(self, source, wanted, rounding):
     if tl.bfloat16 in (source.dtype.scalar, wanted.scalar):
-        return self.cast_impl(source, wanted)
-    return _ORIGINAL["create_fp_to_fp"](self, source, wanted, rounding)
+        return _cast(self, source, wanted)
+    return ORIGINAL["create_fp_to_fp"](self, source, wanted, rounding)
+
+
+_MENDED = {
+    "create_dot": _dot,
+    "binary_op": _binary,
+    "unary_op": _unary,
+    "cast_impl": _cast,
+    "create_fp_to_fp": _cast_rounding,
+}
+ORIGINAL = {name: getattr(_Builder, name) for name in _MENDED}
 
 
 def mend() -> None:
     """For the whole process; again is harmless."""
-    _Builder.create_dot, _Builder.binary_op, _Builder.cast_impl = _dot, _binary, _cast
-    _Builder.create_fp_to_fp = _cast_float
-    for name in ("create_fp_trunc", "create_fp_ext"):
-        setattr(_Builder, name, lambda self, source, wanted: self.cast_impl(source, wanted))
+    for name, function in _MENDED.items():
+        setattr(_Builder, name, function)
