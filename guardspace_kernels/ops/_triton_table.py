@@ -65,6 +65,13 @@ _GROUPED: tuple[dict[str, Any], ...] = (
     {"GROUPED": True, "ALIGNED": False},
 )
 
+_TILES = {
+    "X": "*x", "C": "*fp32", "MASK": "*i32", "T": "i32", "d": "i32", "stride_x": "i64", "stride_c": "i64",
+    "masked": "i32", "slices": "i32", "parts": "i64", "TABLE": "*i64", "n": "i32", "scale": "fp32", "PARTS": "*fp32",
+}  # fmt: skip
+# Operands that are not laid out well are copied: every launch is an aligned one.
+_TILES_ALIGNED = ("X", "C", "d", "stride_x", "stride_c", "parts", "TABLE", "PARTS")
+
 KERNELS = {
     "null_projection.onto_basis": Kernel(
         arguments={
@@ -85,6 +92,18 @@ KERNELS = {
         aligned=("G", "OUT", "BASIS", "d", "k", "stride_g", "stride_out", "stride_b", "h", "TABLE", "H"),
         variants=_GROUPED,
     ),
+    "covariance.add_tiles": Kernel(_TILES, ("fp16", "bf16"), _TILES_ALIGNED, _GROUPED[:2]),
+    "covariance.add_tiles_float32": Kernel(_TILES, ("fp32",), _TILES_ALIGNED, _GROUPED[:2]),
+    "covariance.add_parts": Kernel(
+        arguments={
+            "C": "*fp32", "d": "i32", "stride_c": "i64", "slices": "i32", "parts": "i64", "TABLE": "*i64", "n": "i32",
+            "scale": "fp32", "PARTS": "*fp32",
+        },
+        dtypes=("fp32",),
+        aligned=("C", "d", "stride_c", "parts", "TABLE", "PARTS"),
+        variants=_GROUPED[:2],
+    ),
+    "covariance.mirror": Kernel({"C": "*fp32", "d": "i32", "stride_c": "i64"}, ("fp32",), aligned=()),
 }  # fmt: skip
 
 # Products of float32 with the accuracy of float32: three of TF32 on NVIDIA's tensor cores; AMD's have float32 ones.
@@ -100,9 +119,31 @@ def _projection_rows(kernel: str) -> list[Row]:
     return rows
 
 
+def _covariance_rows() -> list[Row]:
+    def row(kernel: str, targets: tuple[str, ...], block: int, block_t: int, warps: int) -> Row:
+        precision = _EXACT[AMD if targets == AMD else NVIDIA]
+        # On NVIDIA two tiles are on their way while one is multiplied, and the mask of the two after those.
+        constants, stages = {"BLOCK": block, "BLOCK_T": block_t, "PRECISION": precision}, 2 if targets == AMD else 5
+        least = (133,) if block == 128 else ()  # from a tile for each multiprocessor of an H100 on
+        return Row(f"covariance.{kernel}", targets, constants, warps, stages, least)
+
+    return [
+        *(row("add_tiles", targets, 128, 64, warps=8) for targets in (NVIDIA, AMD)),
+        *(row("add_tiles", targets, 64, 64, warps=4) for targets in (NVIDIA, AMD)),
+        # Where float32 goes through registers into the tensor cores, tiles of 128 do not fit into them.
+        row("add_tiles_float32", ("sm90", "sm100"), 128, 32, warps=8),
+        row("add_tiles_float32", ("sm90", "sm100"), 64, 32, warps=4),
+        row("add_tiles_float32", ("sm80", "sm89", "sm120"), 64, 32, warps=8),
+        row("add_tiles_float32", AMD, 64, 32, warps=4),
+        Row("covariance.add_parts", NVIDIA + AMD, {"BLOCK": 32}, warps=4, stages=2),
+        Row("covariance.mirror", NVIDIA + AMD, {"BLOCK": 64}, warps=4, stages=1),
+    ]
+
+
 ROWS = [
     *_projection_rows("null_projection.onto_basis"),
     *_projection_rows("null_projection.from_basis"),
+    *_covariance_rows(),
 ]
 
 
