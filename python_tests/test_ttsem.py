@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(importlib.util.find_spec("ttsem") is None, reason="ttsem is not installed; .ci/run installs it")
 def test_the_suite_passes_under_ttsem():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
