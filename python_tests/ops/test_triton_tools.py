@@ -229,6 +229,9 @@ def test_elements_between_the_rows_of_a_view_are_not_its_own():
     assert torch.equal(x, y)
     with refused("loads 16 elements outside", "between the rows of argument 0"):
         copy_rows[(1,)](x, y, 20, 11, BLOCK=16)
+    every_second = torch.randn(16, 40)[:, ::2]
+    with refused("loads 128 elements outside", "between the rows of argument 0"):
+        copy_rows[(1,)](every_second, y, 40, 16, BLOCK=16)
 
 
 @triton.jit
@@ -270,6 +273,18 @@ def test_programs_that_read_what_others_write_are_caught():
         double[(4,)](x, 16, BLOCK=16)
     with refused(r"program \(1, 0, 0\) loads what another program stores"):
         double[(4,)](x, -16, BLOCK=16)
+
+
+@triton.jit
+def spread_first(X, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(X + (3 - tl.program_id(0)) * BLOCK + i, tl.load(X + i))
+
+
+@pytest.mark.usefixtures("watched")
+def test_a_program_that_writes_what_it_and_others_read_is_caught():
+    with refused(r"program \(3, 0, 0\) stores what another program loads"):
+        spread_first[(4,)](torch.randn(64), BLOCK=16)
 
 
 @triton.jit
