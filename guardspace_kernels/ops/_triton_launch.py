@@ -7,7 +7,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -32,13 +32,15 @@ def launch(function: Any, row: Row, grid: int | tuple[int, ...], arguments: dict
         raise AssertionError(f"{row.kernel}: called with {list(arguments)} and {variant}, unlike the table")
     grid = (grid,) if isinstance(grid, int) else grid
     if all(grid):
-        function[grid](**arguments, **variant, **row.constants, num_warps=row.warps, num_stages=row.stages)
+        device = _device(arguments)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton asks for the current one
+            function[grid](**arguments, **variant, **row.constants, num_warps=row.warps, num_stages=row.stages)
 
 
 def launch_items(
     function: Any, items: Sequence[tuple[Row, int, dict[str, Any]]], shared: dict[str, Any] | None = None
 ) -> None:
-    """Runs a kernel on many items in one launch for each row, dtypes and alignment that occur among them.
+    """Runs a kernel on many items of one device, in one launch for each row, dtypes and alignment among them.
 
     Args:
         items: (row, number of programs, the item's own arguments in the kernel's order). Of several items the kernel

@@ -76,10 +76,10 @@ KERNELS = {
     "null_projection.onto_basis": Kernel(
         arguments={
             "G": "*x", "BASIS": "*fp32", "r": "i32", "d": "i32", "k": "i32", "stride_g": "i64", "stride_b": "i64",
-            "h": "i64", "TABLE": "*i64", "n": "i32", "H": "*fp32",
+            "h": "i64", "TABLE": "*i64", "n": "i32", "H": "*fp32", "slices": "i32", "stride_h": "i64",
         },
         dtypes=("fp32", "fp16", "bf16"),
-        aligned=("G", "BASIS", "d", "k", "stride_g", "stride_b", "h", "TABLE", "H"),
+        aligned=("G", "d", "stride_g", "h", "TABLE", "H", "stride_h"),  # not k: the statistics decide it
         variants=_GROUPED,
     ),
     "null_projection.from_basis": Kernel(
@@ -89,7 +89,18 @@ KERNELS = {
             "H": "*fp32",
         },
         dtypes=("fp32 fp32", "fp16 fp16", "bf16 bf16", "fp32 fp16", "fp32 bf16"),
-        aligned=("G", "OUT", "BASIS", "d", "k", "stride_g", "stride_out", "stride_b", "h", "TABLE", "H"),
+        aligned=("G", "OUT", "d", "stride_g", "stride_out", "h", "TABLE", "H"),
+        variants=_GROUPED,
+    ),
+    "null_projection.adamw_from_basis": Kernel(
+        arguments={
+            "G": "*x", "A": "*x", "M": "*x", "V": "*x", "STEP": "*fp32", "BASIS": "*fp32", "r": "i32", "d": "i32",
+            "k": "i32", "stride_g": "i64", "stride_a": "i64", "stride_m": "i64", "stride_v": "i64", "stride_b": "i64",
+            "complement": "i32", "h": "i64", "TABLE": "*i64", "n": "i32", "H": "*fp32", "lr": "fp32", "decay": "fp32",
+            "eps": "fp32", "beta1": "fp32", "beta2": "fp32", "log_beta1": "fp32", "log_beta2": "fp32",
+        },
+        dtypes=("fp32", "fp16", "bf16"),
+        aligned=("G", "A", "M", "V", "d", "stride_g", "stride_a", "stride_m", "stride_v", "h", "TABLE", "H"),
         variants=_GROUPED,
     ),
     "covariance.add_tiles": Kernel(_TILES, ("fp16", "bf16"), _TILES_ALIGNED, _GROUPED[:2]),
@@ -111,11 +122,13 @@ _EXACT = {NVIDIA: "tf32x3", AMD: "ieee"}
 
 
 def _projection_rows(kernel: str) -> list[Row]:
+    # Reading the basis is what takes time, once for each BLOCK_R rows. Larger tiles spill where k, and so the basis,
+    # is not aligned.
     rows = []
     for targets, precision in _EXACT.items():
-        for block_r, least in ((64, (33,)), (16, ())):
-            constants = {"BLOCK_R": block_r, "BLOCK_K": 32, "BLOCK_D": 64, "SLICES": 4, "PRECISION": precision}
-            rows.append(Row(kernel, targets, constants, warps=8 if block_r == 64 else 4, stages=3, least=least))
+        high = Row(kernel, targets, {"BLOCK_R": 64, "BLOCK_K": 32, "BLOCK_D": 32, "PRECISION": precision}, 8, 3, (33,))
+        low = Row(kernel, targets, {"BLOCK_R": 16, "BLOCK_K": 32, "BLOCK_D": 64, "PRECISION": precision}, 4, 3)
+        rows += [high, low] if targets == NVIDIA and kernel != "null_projection.adamw_from_basis" else [low]
     return rows
 
 
@@ -128,9 +141,9 @@ def _covariance_rows() -> list[Row]:
         return Row(f"covariance.{kernel}", targets, constants, warps, stages, least)
 
     return [
-        *(row("add_tiles", targets, 128, 64, warps=8) for targets in (NVIDIA, AMD)),
+        # Tiles of 128 spill on AMD; in float32 they do on chips whose tensor cores read registers only.
+        row("add_tiles", NVIDIA, 128, 64, warps=8),
         *(row("add_tiles", targets, 64, 64, warps=4) for targets in (NVIDIA, AMD)),
-        # Where float32 goes through registers into the tensor cores, tiles of 128 do not fit into them.
         row("add_tiles_float32", ("sm90", "sm100"), 128, 32, warps=8),
         row("add_tiles_float32", ("sm90", "sm100"), 64, 32, warps=4),
         row("add_tiles_float32", ("sm80", "sm89", "sm120"), 64, 32, warps=8),
@@ -143,6 +156,7 @@ def _covariance_rows() -> list[Row]:
 ROWS = [
     *_projection_rows("null_projection.onto_basis"),
     *_projection_rows("null_projection.from_basis"),
+    *_projection_rows("null_projection.adamw_from_basis"),
     *_covariance_rows(),
 ]
 
