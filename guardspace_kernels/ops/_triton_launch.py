@@ -86,9 +86,13 @@ def _device(item: dict[str, Any]) -> torch.device:
 
 
 def choose(
-    kernel: str, device: torch.device, sizes: tuple[int, ...] = (), trial: Callable[[Row], None] | None = None
+    kernel: str,
+    device: torch.device,
+    sizes: tuple[int, ...] = (),
+    trial: Callable[[Row], object] | None = None,
+    among: Sequence[Row] | None = None,
 ) -> Row:
-    """The row for a launch: the first in the table whose ``least`` sizes are reached.
+    """The row for a launch: the first in the table, or ``among`` others, whose ``least`` sizes are reached.
 
     With ``GUARDSPACE_AUTOTUNE=1`` the quickest by ``trial``, which runs the kernel into scratch memory; the choice is
     kept in ``$XDG_CACHE_HOME/guardspace_kernels`` for sizes of the same powers of two. Nothing is tried while a CUDA
@@ -96,7 +100,7 @@ def choose(
     """
     chip = target(device)
     assert chip is not None
-    rows = rows_for(kernel, chip)
+    rows = among or rows_for(kernel, chip)
     if trial is not None and len(rows) > 1 and device.type == "cuda" and os.environ.get("GUARDSPACE_AUTOTUNE") == "1":
         known = _choices(torch.cuda.get_device_name(device))
         name = f"{kernel} {[max(size, 1).bit_length() for size in sizes]}"
@@ -111,7 +115,7 @@ def choose(
     return next(row for row in rows if all(size >= least for size, least in zip(sizes, row.least, strict=False)))
 
 
-def _seconds(run: Callable[[], None]) -> float:
+def _seconds(run: Callable[[], object]) -> float:
     with suppress(triton.OutOfResources):
         run()
         times = []

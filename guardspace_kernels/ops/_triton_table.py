@@ -72,6 +72,35 @@ _TILES = {
 # Operands that are not laid out well are copied: every launch is an aligned one.
 _TILES_ALIGNED = ("X", "C", "d", "stride_x", "stride_c", "parts", "TABLE", "PARTS")
 
+_LINEAR: dict[str, Any] = {
+    "arguments": {
+        "X": "*x", "W": "*x", "BIAS": "*x", "H": "*x", "UP": "*x", "Y": "*x", "SEED": "*i64", "T": "i32", "N": "i32",
+        "K": "i32", "R": "i32", "dropped": "i32", "stride_x": "i64", "stride_w": "i64", "stride_h": "i64",
+        "stride_up": "i64", "stride_y": "i64", "biased": "i32", "add": "i32", "threshold": "i32", "factor": "fp32",
+    },
+    "aligned": (
+        "X", "W", "BIAS", "H", "UP", "Y", "N", "K", "R", "stride_x", "stride_w", "stride_h", "stride_up", "stride_y",
+    ),
+    "variants": ({"ROWS": True}, {"ROWS": False}),
+}  # fmt: skip
+_DOWN: dict[str, Any] = {
+    "arguments": {
+        "X": "*x", "DOWN": "*x", "E": "*x", "H": "*fp32", "OUT": "*fp32", "SEED": "*i64", "T": "i32", "d": "i32",
+        "R": "i32", "r": "i32", "slices": "i32", "stride_x": "i64", "stride_down": "i64", "stride_e": "i64",
+        "threshold": "i32", "factor": "fp32",
+    },
+    "aligned": ("X", "DOWN", "E", "H", "OUT", "d", "R", "r", "stride_x", "stride_down", "stride_e"),
+    "variants": ({"OUTER": False}, {"OUTER": True}),
+}  # fmt: skip
+_OUTER: dict[str, Any] = {
+    "arguments": {
+        "E": "*x", "X": "*x", "OUT": "*fp32", "SEED": "*i64", "T": "i32", "d": "i32", "r": "i32", "slices": "i32",
+        "stride_e": "i64", "stride_x": "i64", "threshold": "i32", "factor": "fp32",
+    },
+    "aligned": ("E", "X", "OUT", "d", "r", "stride_e", "stride_x"),
+    "variants": ({"DROPOUT": False}, {"DROPOUT": True}),
+}  # fmt: skip
+
 KERNELS = {
     "null_projection.onto_basis": Kernel(
         arguments={
@@ -115,6 +144,12 @@ KERNELS = {
         variants=_GROUPED[:2],
     ),
     "covariance.mirror": Kernel({"C": "*fp32", "d": "i32", "stride_c": "i64"}, ("fp32",), aligned=()),
+    "projected_lora.linear": Kernel(dtypes=("fp16", "bf16"), **_LINEAR),
+    "projected_lora.linear_float32": Kernel(dtypes=("fp32",), **_LINEAR),
+    "projected_lora.down": Kernel(dtypes=("fp16", "bf16"), **_DOWN),
+    "projected_lora.down_float32": Kernel(dtypes=("fp32",), **{**_DOWN, "variants": ({"OUTER": False},)}),
+    "projected_lora.outer": Kernel(dtypes=("fp16", "bf16"), **_OUTER),
+    "projected_lora.outer_float32": Kernel(dtypes=("fp32",), **_OUTER),
 }  # fmt: skip
 
 # Products of float32 with the accuracy of float32: three of TF32 on NVIDIA's tensor cores; AMD's have float32 ones.
@@ -153,7 +188,29 @@ def _covariance_rows() -> list[Row]:
     ]
 
 
+def _lora_rows() -> list[Row]:
+    def row(targets: tuple[str, ...], kernel: str, warps: int, least: tuple[int, ...] = (), **blocks: int) -> Row:
+        constants = {**blocks, "PRECISION": _EXACT[targets]}
+        return Row(f"projected_lora.{kernel}", targets, constants, warps, 3 if targets == NVIDIA else 2, least)
+
+    rows = []
+    for targets in _EXACT:
+        rows += [
+            # From as many tiles of 128 on as an H100 has multiprocessors.
+            row(targets, "linear", warps=8, least=(0, 133), BLOCK_T=128, BLOCK_N=128, BLOCK_K=64),
+            row(targets, "linear", warps=4, BLOCK_T=64, BLOCK_N=64, BLOCK_K=64),
+            row(targets, "linear_float32", warps=8, BLOCK_T=128, BLOCK_N=64, BLOCK_K=32),
+            # Bound by reading x or dy, whatever the rank: one width of tile.
+            row(targets, "down", warps=8, BLOCK_T=128, BLOCK_R=64, BLOCK_D=64),
+            row(targets, "down_float32", warps=4, BLOCK_T=64, BLOCK_R=32, BLOCK_D=32),
+            row(targets, "outer", warps=4, BLOCK_T=64, BLOCK_R=64, BLOCK_D=64),
+            row(targets, "outer_float32", warps=4, BLOCK_T=32, BLOCK_R=32, BLOCK_D=64),
+        ]
+    return rows
+
+
 ROWS = [
+    *_lora_rows(),
     *_projection_rows("null_projection.onto_basis"),
     *_projection_rows("null_projection.from_basis"),
     *_projection_rows("null_projection.adamw_from_basis"),
