@@ -5,6 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -32,10 +36,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOKENS = (1, 31, 64, 65, 200)
 #: Aligned and not; less than a tile, one, several, and a remainder.
 WIDTHS = (1, 16, 37, 64, 130, 160)
-#: Every size of tile that some chip has: (kernel, row).
+#: Every size of tile that some chip has.
 ROWS = {
     f"{row.kernel.split('.')[1]} {row.constants['BLOCK']}": row
-    for chip in ("gfx942", "sm90")
+    for chip in ("sm80", "sm90")
     for kernel in ("covariance.add_tiles", "covariance.add_tiles_float32")
     for row in _triton_table.rows_for(kernel, chip)
 }
@@ -297,12 +301,39 @@ def test_every_tile_of_the_lower_triangle_is_decoded_once(blocks):
     assert torch.unique(i * blocks + j).numel() == tiles
 
 
+@pytest.mark.parametrize("error", [-3e-7, 0, 3e-7])  # GPUs approximate roots
 @pytest.mark.parametrize("row", [1 << 10, 5792, 1 << 14, 46000])
-def test_decoding_is_exact_where_float32_is_not(row):
+def test_decoding_is_exact_where_float32_is_not(row, error, monkeypatch):
+    monkeypatch.setattr(tl, "sqrt", lambda x: tl.math.sqrt(x) * (1 + error))
     begin, end = (row * (row + 1) // 2 + side for side in (-2048, 2048))
     i, j = decoded(begin, end)
     truth = torch.tensor([(math.isqrt(8 * t + 1) - 1) // 2 for t in range(begin, end)])
     assert torch.equal(i, truth) and torch.equal(j, torch.arange(begin, end) - truth * (truth + 1) // 2)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from guardspace_kernels.ops._triton_table import KERNELS, rows_for
+from guardspace_kernels.ops.covariance.triton_kernels import add_tiles
+
+row = rows_for("{kernel}", "sm90")[-1]
+kernel = KERNELS[row.kernel]
+constants = {{**kernel.variants[0], **row.constants}}
+signature = kernel.arguments | {{"X": f"*{{kernel.dtypes[0]}}"}} | dict.fromkeys(constants, "constexpr")
+source = triton.compiler.ASTSource(fn=add_tiles, signature=signature, constexprs=constants)
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"])
+"""
+
+
+@pytest.mark.parametrize("kernel", ["covariance.add_tiles", "covariance.add_tiles_float32"])
+def test_tensor_cores_accumulate_no_more_than_one_tile(kernel):
+    """The interpreter adds in float32: only compiled code shows whether each product begins at zero."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE.format(kernel=kernel)]
+    code = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    (start,) = re.findall(r"tt\.dot %\w+, %\w+, (%\w+)", code)
+    assert f"{start} = arith.constant dense<0.000000e+00>" in code
 
 
 @pytest.mark.parametrize("d", [0, 1, 16, 63, 64, 65, 200])
