@@ -158,12 +158,15 @@ _EXACT = {NVIDIA: "tf32x3", AMD: "ieee"}
 
 def _projection_rows(kernel: str) -> list[Row]:
     # Reading the basis is what takes time, once for each BLOCK_R rows. Larger tiles spill where k, and so the basis,
-    # is not aligned.
+    # is not aligned, the high ones on sm120 in any case.
     rows = []
+    if kernel != "null_projection.adamw_from_basis":
+        high = {"BLOCK_R": 64, "BLOCK_K": 32, "BLOCK_D": 32, "PRECISION": _EXACT[NVIDIA]}
+        rows.append(Row(kernel, ("sm80", "sm89", "sm90", "sm100"), high, warps=8, stages=3, least=(33,)))
     for targets, precision in _EXACT.items():
-        high = Row(kernel, targets, {"BLOCK_R": 64, "BLOCK_K": 32, "BLOCK_D": 32, "PRECISION": precision}, 8, 3, (33,))
-        low = Row(kernel, targets, {"BLOCK_R": 16, "BLOCK_K": 32, "BLOCK_D": 64, "PRECISION": precision}, 4, 3)
-        rows += [high, low] if targets == NVIDIA and kernel != "null_projection.adamw_from_basis" else [low]
+        block_d = 32 if kernel == "null_projection.onto_basis" else 64
+        low = {"BLOCK_R": 16, "BLOCK_K": 32, "BLOCK_D": block_d, "PRECISION": precision}
+        rows.append(Row(kernel, targets, low, warps=4, stages=3))
     return rows
 
 

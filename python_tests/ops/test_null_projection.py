@@ -333,6 +333,8 @@ def test_bad_arguments_of_adamw_are_refused_by_name(column, value, exception, me
 
 def test_lists_and_betas_of_adamw_that_do_not_fit_are_refused():
     lists = states(torch.float32)
+    with pytest.raises(ValueError, match="projected_adamw_: a matrix occurs twice among params; give each one once"):
+        projected_adamw_(*[[values[0], values[0]] for values in lists], **SETTINGS)
     for column, name in enumerate(("grads", "exp_avgs", "exp_avg_sqs", "steps", "bases"), start=1):
         shorter = [values[:-1] if i == column else values for i, values in enumerate(lists)]
         with pytest.raises(ValueError, match=f"projected_adamw_: {name} must be as many as params, 4, got 3"):

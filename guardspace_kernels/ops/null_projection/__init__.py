@@ -83,6 +83,8 @@ def _updates(
     for name, values in lists.items():
         if len(values) != len(params):
             raise ValueError(f"projected_adamw_: {name} must be as many as params, {len(params)}, got {len(values)}")
+    if len({id(param) for param in params}) < len(params):
+        raise ValueError("projected_adamw_: a matrix occurs twice among params; give each one once")
     if not (0 <= settings[1] < 1 and 0 <= settings[2] < 1):
         raise ValueError(f"projected_adamw_: beta1 and beta2 must be in [0, 1), got {settings[1]} and {settings[2]}")
     updates = [Update(*item, settings) for item in zip(params, *lists.values(), strict=True)]  # type: ignore[call-arg]
@@ -200,7 +202,7 @@ def projected_adamw_(
     two projections. P as in :func:`null_project_`. Computed in float32, or in float64 for such matrices.
 
     Args:
-        params: A (..., d) each, float64, float32, float16 or bfloat16, any strides, each matrix once.
+        params: A (..., d) each, float64, float32, float16 or bfloat16, any strides; each matrix once.
         grads: G, only read. exp_avgs, exp_avg_sqs: M and V. All as their params in shape, dtype and device.
         steps: t, counted from one, for each matrix: a 0-d float32 tensor on its device, so that a CUDA graph may
             count. It is only read.
@@ -208,7 +210,7 @@ def projected_adamw_(
         lr, beta1, beta2, eps, weight_decay: as in ``torch.optim.AdamW``, one value for all.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device, list length or beta that does not fit.
+        TypeError, ValueError: a dtype, shape, device, list length or beta that does not fit; a matrix twice.
         RuntimeError: in grad mode, if a param requires grad.
     """
     complements = [complements] * len(params) if isinstance(complements, bool) else list(complements)
