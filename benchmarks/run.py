@@ -18,7 +18,7 @@ from . import (
     bench_training_step,
 )
 from . import targets as goals
-from .timing import Row, environment, label, measure, peaks, read_json, write_json
+from .timing import CPU, Row, environment, label, measure, peaks, read_json, write_json
 
 MODULES = {
     m.OP: m
@@ -32,6 +32,8 @@ MODULES = {
     )
 }
 DTYPES = ("bfloat16", "float32")
+#: What is measured on a GPU: single ops.
+ON_GPU = ("covariance", "projected_lora", "fused_lora", "null_projection")
 #: Speed-ups are told over these two: the plain PyTorch form that a competent person writes, and the naive one.
 YARDSTICKS = {
     "covariance": ("addmm_ float32", "paper's hook"),
@@ -118,28 +120,36 @@ def comparison(new: list[Row], old: list[Row], markdown: bool) -> str:
 
 
 def run(
-    size: str, ops: list[str], dtypes: tuple[str, ...], threads: int, out: Path | None, markdown: bool
+    size: str,
+    ops: list[str],
+    dtypes: tuple[str, ...],
+    threads: int,
+    out: Path | None,
+    markdown: bool,
+    device: torch.device = CPU,
 ) -> list[Row]:
     """Measures and prints; ``out`` is rewritten after every case, so that an interrupted run leaves its results."""
-    result: dict[str, Any] = {"environment": environment(threads), "size": size}
+    result: dict[str, Any] = {"environment": environment(threads, device), "size": size}
     load = result["environment"]["load"]
     if load is not None and load > 0.5:
         print(f"warning: load average {load:.2f} before the start; the machine is not idle", file=sys.stderr)
     torch.set_num_threads(threads)
-    result["peaks"] = peaks(threads, small=size == "tiny")
+    result["peaks"] = peaks(threads, small=size == "tiny", device=device)
     rows: list[Row] = []
     result["rows"] = rows
     env, found = result["environment"], result["peaks"]
-    print(f"{env['cpu']}, {threads} of {env['cores']} threads, torch {torch.__version__}, {'; '.join(env['backends'])}")
+    where = env.get("gpu", f"{env['cpu']}, {threads} of {env['cores']} threads")
+    print(f"{where}, torch {torch.__version__}, {'; '.join(env['backends'])}")
     rates = ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in found["flops"].items())
     print(f"peak: {rates} ({found['flops_source']}); copy {found['copy'] / 1e9:.1f} GB/s")
     budget, least = EFFORT[size]
     for op in ops:
         print(f"\n{'## ' if markdown else ''}{op}", flush=True)
         for params in MODULES[op].cases(size, dtypes):
-            case = MODULES[op].build(**params)
+            with device:
+                case = MODULES[op].build(**params)
             rounds = min(least, getattr(MODULES[op], "ROUNDS", least))
-            measured = measure(case, found, budget=budget, least=rounds, most=2 if size == "tiny" else 50)
+            measured = measure(case, found, device, budget=budget, least=rounds, most=2 if size == "tiny" else 50)
             del case
             rows += measured
             print("\n" + case_table(measured, markdown), flush=True)
@@ -156,19 +166,27 @@ def main(argv: list[str] | None = None) -> int:
         "--full", dest="size", action="store_const", const="full", help="every shape of the targets: hours"
     )
     size.add_argument("--tiny", dest="size", action="store_const", const="tiny", help=argparse.SUPPRESS)
-    parser.add_argument("--op", nargs="+", choices=MODULES, default=list(MODULES), help="default: all")
+    parser.add_argument("--op", nargs="+", choices=MODULES, help="default: all; on a GPU " + ", ".join(ON_GPU))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: both")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="JSON file of the results, such as benchmarks/results/NAME.json")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="against the results of an earlier run")
     parser.add_argument("--targets", type=Path, nargs="+", metavar="FILE", help="measure nothing; judge these results")
     parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
     args = parser.parse_args(argv)
+    device, ops = torch.device(args.device), args.op or list(ON_GPU if args.device == "cuda" else MODULES)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device; `make bench` measures the CPU")
+    if device.type == "cuda" and (elsewhere := [op for op in ops if op not in ON_GPU]):
+        parser.error(f"--op {' '.join(elsewhere)}: measured on the CPU only; on a GPU {', '.join(ON_GPU)}")
     before = read_json([args.compare])["rows"] if args.compare else None
     if args.targets:
         rows = read_json(args.targets)["rows"]
     else:
-        rows = run(args.size or "default", args.op, tuple(args.dtype), args.threads, args.out, args.markdown)
+        rows = run(
+            args.size or "default", ops, tuple(args.dtype), args.threads, args.out, args.markdown, device
+        )  # fmt: skip
     print("\n" + targets_table(rows, args.markdown))
     if before is not None:
         print("\n" + comparison(rows, before, args.markdown))

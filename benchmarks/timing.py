@@ -26,7 +26,10 @@ from guardspace_kernels.env_report import cpu_flags
 from guardspace_kernels.ops import _cpu
 
 Run = Callable[[], object]
+Clock = Callable[[Run, int], float]  # seconds per call, of so many calls
 Row = dict[str, Any]
+
+CPU = torch.device("cpu")
 
 #: Relative errors that are granted whatever plain PyTorch achieves: a few roundings of the largest entry.
 FLOOR = {torch.float32: 5e-7, torch.bfloat16: 8e-3}
@@ -114,17 +117,51 @@ def saved_bytes(run: Callable[[], object], constants: Iterable[Tensor]) -> int:
     return total
 
 
+def wall_clock(run: Run, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+class CudaClock:
+    """CUDA events around each call, before which 256 MB are written: more than any L2 holds, so nothing is in it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.flush = torch.empty(2**28, dtype=torch.int8, device=device)
+
+    def __call__(self, run: Run, calls: int) -> float:
+        events = []
+        for _ in range(calls):
+            self.flush.zero_()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            run()
+            end.record()
+            events.append((begin, end))
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in events) / 1e3 / calls
+
+
+def clock_of(device: torch.device) -> Clock:
+    return CudaClock(device) if device.type == "cuda" else wall_clock
+
+
 def time_by_turns(
-    runs: dict[str, Run], *, budget: float, least: int = 5, most: int = 50, block: float = 2e-3
+    runs: dict[str, Run],
+    *,
+    budget: float,
+    least: int = 5,
+    most: int = 50,
+    block: float = 2e-3,
+    clock: Clock = wall_clock,
 ) -> dict[str, list[float]]:
     """Seconds per call of each, measured in turns so that a busy moment hits all: ``least`` rounds, then up to
     ``most`` while ``budget`` seconds last. Calls shorter than ``block`` seconds are repeated within a turn."""
     inner = {}
     for name, run in runs.items():
         run()
-        start = time.perf_counter()
-        run()
-        inner[name] = max(1, int(block / max(time.perf_counter() - start, 1e-7)))
+        inner[name] = max(1, int(block / max(clock(run, 1), 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in runs}
     order, deadline = list(runs), time.perf_counter() + budget
     enabled = gc.isenabled()
@@ -134,11 +171,7 @@ def time_by_turns(
             if done >= least and time.perf_counter() > deadline:
                 break
             for name in order:
-                run, calls = runs[name], range(inner[name])
-                start = time.perf_counter()
-                for _ in calls:
-                    run()
-                times[name].append((time.perf_counter() - start) / len(calls))
+                times[name].append(clock(runs[name], inner[name]))
             order.append(order.pop(0))
             gc.collect()
     finally:
@@ -147,10 +180,12 @@ def time_by_turns(
     return times
 
 
-def measure(case: Case, peaks: dict[str, Any], **timing: Any) -> list[Row]:
+def measure(case: Case, peaks: dict[str, Any], device: torch.device = CPU, **timing: Any) -> list[Row]:
     """A row per contestant. One that fails its check gets the reason instead of a number."""
-    refusals = {name: case.refusal(name) for name in case.contestants}
-    times = time_by_turns({n: c.run for n, c in case.contestants.items() if refusals[n] is None}, **timing)
+    with device:
+        refusals = {name: case.refusal(name) for name in case.contestants}
+    runs = {n: c.run for n, c in case.contestants.items() if refusals[n] is None}
+    times = time_by_turns(runs, clock=clock_of(device), **timing)  # a device as context costs microseconds a call
     rows = []
     for name, contestant in case.contestants.items():
         row: Row = {"op": case.op, "shape": case.shape, "contestant": name, "refused": refusals[name]}
@@ -162,7 +197,8 @@ def measure(case: Case, peaks: dict[str, Any], **timing: Any) -> list[Row]:
             row |= {"seconds": median, "quartiles": [low, high], "rounds": len(seconds)}
             row |= {"flops": contestant.flops, "bytes": case.bytes, "rho": case.rho}
             row |= {"of_peak": contestant.flops / median / peak, "of_bandwidth": case.bytes / median / peaks["copy"]}
-            row |= contestant.facts()
+            with device:
+                row |= contestant.facts()
         rows.append(row)
     return rows
 
@@ -183,36 +219,31 @@ def label(shape: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in shape.items())
 
 
-def peaks(threads: int, small: bool = False) -> dict[str, Any]:
-    """FLOP/s by dtype and bytes/s of a copy, on ``threads`` threads, and how the former was found."""
-    dtypes = (torch.float32, torch.bfloat16)
-    if _cpu.extension is not None:
+def peaks(threads: int, small: bool = False, device: torch.device = CPU) -> dict[str, Any]:
+    """FLOP/s by dtype and bytes/s of a copy, on ``threads`` threads or a GPU, and how the former was found."""
+    dtypes, clock = (torch.float32, torch.bfloat16), clock_of(device)
+    if device.type == "cpu" and _cpu.extension is not None:
         seconds = 0.01 if small else 0.3
         rates = [_cpu.extension.peak_flops(_cpu._DTYPES[dtype], seconds, threads) for dtype in dtypes]
         source = f"multiply-adds in registers, {_cpu.extension.isa()}"
     else:
-        n = 256 if small else 2048
-        squares = [torch.ones(n, n, dtype=dtype) for dtype in dtypes]
-        rates = [2 * n**3 / _best(partial(torch.mm, square, square)) for square in squares]
+        n = 256 if small else 2048 if device.type == "cpu" else 8192
+        squares = [torch.ones(n, n, dtype=dtype, device=device) for dtype in dtypes]
+        rates = [2 * n**3 / _best(partial(torch.mm, square, square), clock) for square in squares]
         source = f"torch.mm, n={n}"
     flops = {str(dtype).removeprefix("torch."): rate for dtype, rate in zip(dtypes, rates, strict=True)}
-    buffer = torch.ones((1 if small else 256) * 2**18)
+    buffer = torch.ones((1 if small else 256) * 2**18, device=device)
     target = torch.empty_like(buffer)
-    copy = 2 * buffer.nbytes / _best(lambda: target.copy_(buffer))
+    copy = 2 * buffer.nbytes / _best(lambda: target.copy_(buffer), clock)
     return {"flops": flops, "flops_source": source, "copy": copy}
 
 
-def _best(run: Run, repeats: int = 5) -> float:
+def _best(run: Run, clock: Clock, repeats: int = 5) -> float:
     run()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
+    return min(clock(run, 1) for _ in range(repeats))
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(threads: int, device: torch.device = CPU) -> dict[str, Any]:
     """Machine, versions, threads, date and commit. Call it before anything is computed: it reads the load."""
     versions = {}
     for package in ("guardspace-kernels", "torch", "transformers", "peft", "numpy"):
@@ -222,6 +253,7 @@ def environment(threads: int) -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "cpu": _cpu_model(),
+        **({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
         "flags": cpu_flags(),
         "torch_level": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),

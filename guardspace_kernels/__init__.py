@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from guardspace_kernels.guard.export import ExportReport, export_lora
     from guardspace_kernels.guard.plan import GuardConfig, GuardPlan, plan_guard
     from guardspace_kernels.guard.statistics import CalibrationStatistics
-    from guardspace_kernels.integrations.optim import guard_optimizer
+    from guardspace_kernels.integrations.optim import GuardedAdamW, guard_optimizer
     from guardspace_kernels.integrations.peft import attach_guard
     from guardspace_kernels.integrations.transformers import GuardCallback
 
@@ -38,6 +38,7 @@ _LAZY = {
     "certify": "guard.certificate",
     "ExportReport": "guard.export",
     "export_lora": "guard.export",
+    "GuardedAdamW": "integrations.optim",
     "guard_optimizer": "integrations.optim",
     "GuardCallback": "integrations.transformers",
 }

@@ -110,11 +110,15 @@ def resolve(op: str, entry: str, *args: Any) -> Callable[..., Any]:
 
 
 def call_all(op: str, entry: str, items: list[Any], arguments: Callable[[Any], tuple[Any, ...]]) -> None:
-    """Runs ``entry``, which takes a list, on the items of each backend at once; ``arguments`` are those of resolve."""
-    groups: dict[Callable[..., Any], list[Any]] = {}
+    """Runs ``entry``, which takes a list, on the items of each backend and device at once.
+
+    ``arguments`` are those of resolve, the first of them a tensor.
+    """
+    groups: dict[Any, list[Any]] = {}
     for item in items:
-        groups.setdefault(resolve(op, entry, *arguments(item)), []).append(item)
-    for function, members in groups.items():
+        its_arguments = arguments(item)
+        groups.setdefault((resolve(op, entry, *its_arguments), its_arguments[0].device), []).append(item)
+    for (function, _), members in groups.items():
         function(members)
 
 

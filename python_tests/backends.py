@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 import guardspace_kernels as gk
-from guardspace_kernels.ops import covariance_update_
+from guardspace_kernels import dispatch
+from guardspace_kernels.ops import _triton, covariance_update_
 from guardspace_kernels.ops._cpu import extension
 
 #: All that this CPU has; only the one that GUARDSPACE_ISA names, where it is set.
@@ -40,6 +42,19 @@ def backend(request) -> Iterator[str]:
         require_extension()
     with gk.use_backend("reference" if request.param == "reference" else "auto"):
         yield request.param
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch) -> None:
+    """The Triton kernels for what they accept, under Triton's interpreter on CPU tensors; else the reference.
+
+    A sanitizer watches them: python_tests/triton_sanitizer.py.
+    """
+    triton_interpreter = pytest.importorskip("triton_interpreter", reason="Triton is not installed")
+    triton_interpreter.mend()
+    importlib.import_module("triton_sanitizer").watch(monkeypatch)
+    monkeypatch.setattr(dispatch, "BACKENDS", ("triton", "reference"))
+    monkeypatch.setattr(_triton, "devices", {"cpu"})
 
 
 automatic = pytest.mark.parametrize("backend", ["automatic"], indirect=True)

@@ -64,6 +64,12 @@ def test_the_reference_is_the_least_preferred_backend():
     assert dispatch.BACKENDS[-1] == "reference"
 
 
+def test_a_backend_is_given_the_items_of_one_device_at_a_time(fake):
+    items = [(torch.ones(2, 3, device=device), BASIS, True) for device in ("cpu", "meta", "cpu")]
+    dispatch.call_all("null_projection", "null_project_", items, lambda item: item[:2])
+    assert [[g.device.type for g, *_ in members] for members in fake] == [["cpu", "cpu"], ["meta"]]
+
+
 def test_each_member_of_a_list_is_dispatched_by_itself_and_each_backend_called_once(fake):
     gs = [torch.ones(2, 3, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.float32, torch.float64)]
     null_project_(gs, [BASIS] * 4, [True, True, False, False])
@@ -87,14 +93,14 @@ def test_covariances_of_a_list_reach_the_backend_in_one_call_with_mask_and_scale
 def test_call_all_calls_each_function_once_with_its_items_in_order():
     calls = []
 
-    def even(number):
-        return number % 2 == 0, "odd"
+    def even(t):
+        return len(t) % 2 == 0, "odd"
 
     dispatch.register("covariance", "cpu", even, entry=lambda items: calls.append(("cpu", items)))
     dispatch.register("covariance", "reference", entry=lambda items: calls.append(("reference", items)))
-    dispatch.call_all("covariance", "entry", [], lambda item: (len(item),))
+    dispatch.call_all("covariance", "entry", [], lambda item: (torch.ones(len(item)),))
     assert calls == []
-    dispatch.call_all("covariance", "entry", ["a", "bb", "ccc", "dddd"], lambda item: (len(item),))
+    dispatch.call_all("covariance", "entry", ["a", "bb", "ccc", "dddd"], lambda item: (torch.ones(len(item)),))
     assert calls == [("reference", ["a", "ccc"]), ("cpu", ["bb", "dddd"])]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from guardspace_kernels import dispatch
+from guardspace_kernels.ops._library import overlaps_itself
 
 # After torch, whose OpenMP runtime the extension then shares.
 extension: Any
@@ -41,18 +42,12 @@ def accepts(*tensors: torch.Tensor | None) -> tuple[bool, str]:
 
 def accepts_written(target: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[bool, str]:
     """The same, where ``target`` is written and so must not lie over itself."""
-    answer = accepts(target, *tensors)
-    if answer[0] and any(size > 1 and stride == 0 for size, stride in zip(target.shape, target.stride(), strict=True)):
-        return False, f"the tensor to be written, strides {target.stride()}, is expanded: its entries share memory"
-    return answer
+    ok, reason = accepts(target, *tensors)
+    overlap = overlaps_itself(target) if ok else ""
+    return (False, overlap) if overlap else (ok, reason)
 
 
 def view(t: torch.Tensor) -> View:
     """A 2-D tensor as the kernels take it; the caller keeps ``t`` alive during the call."""
     rows, cols = t.shape
     return (t.data_ptr(), _DTYPES[t.dtype], rows, cols, t.stride(0), t.stride(1))
-
-
-def written(*tensors: torch.Tensor) -> None:
-    """Tells autograd that the kernels wrote to these: it would not notice a write through a pointer."""
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])

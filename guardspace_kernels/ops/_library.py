@@ -59,6 +59,18 @@ def rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
+def written(*tensors: torch.Tensor) -> None:
+    """Tells autograd that a kernel wrote to these: it would not notice a write through a pointer."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
+def overlaps_itself(t: torch.Tensor) -> str:
+    """Why a kernel must not write to this tensor; empty if it may."""
+    if any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True)):
+        return f"the tensor to be written, strides {t.stride()}, is expanded: its entries share memory"
+    return ""
+
+
 def require_float(op: str, **tensors: torch.Tensor) -> None:
     for name, t in tensors.items():
         if t.dtype not in FLOATS:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import baselines, bench_covariance, bench_null_projection, bench_projected_lora
+from benchmarks import baselines, bench_covariance, bench_null_projection, bench_projected_lora, roofline
 from benchmarks.timing import saved_bytes
 from guardspace_kernels.ops.covariance import reference as covariance_reference
 from guardspace_kernels.ops.null_projection import reference as projection_reference
@@ -120,3 +121,74 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter():
     part = torch.randn(10, 6, requires_grad=True)
     assert saved_bytes(lambda: part[:4] @ W, (W,)) == part.nbytes  # a view keeps the whole storage alive
     assert saved_bytes(lambda: x.detach() @ W.detach(), ()) == 0
+
+
+class CountedBytes(TorchDispatchMode):
+    """Of the tensors that kernels read and write; views are no kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and func is not torch.ops.aten.detach.default:
+            self.total += sum(t.nbytes for t in (*args, result) if isinstance(t, torch.Tensor))
+        return result
+
+
+@pytest.mark.parametrize("name, parts", [("plain LoRA", ("adapter",)), ("dense P per token", ("adapter", "dense_p"))])
+def test_bytes_and_flops_of_an_eager_way_are_those_of_its_kernels(name, parts):
+    x, W, A, B = (t.bfloat16() for t in lora_tensors())
+    P, dy = torch.eye(D_IN).bfloat16(), torch.randn(T, D_OUT).bfloat16()
+    x, A, B = (t.requires_grad_() for t in (x, A, B))
+    layer = baselines.plain_lora if name == "plain LoRA" else baselines.dense_p
+    with CountedBytes() as counted_bytes:
+        y = layer(x, W, A, B, *([P] if layer is baselines.dense_p else []), 2.0)
+        torch.autograd.grad(y, (x, A, B), dy)
+    way = roofline.lora_ways(T, D_IN, D_OUT, R)[name]
+    assert sum(kernel.bytes for kernel in way) == counted_bytes.total
+    flops = bench_projected_lora.Flops.of(T, D_IN, D_OUT, R)
+    assert sum(kernel.flops for kernel in way) == flops.counted(*parts)
+
+
+@pytest.mark.parametrize("name", ["ours, fused", "ours, two calls", "folded eager"])
+def test_flops_of_a_folded_way_are_those_of_its_kernels(name):
+    flops = bench_projected_lora.Flops.of(T, D_IN, D_OUT, R)
+    way = roofline.lora_ways(T, D_IN, D_OUT, R)[name]
+    assert sum(kernel.flops for kernel in way) == flops.counted("adapter", "fold")
+
+
+def test_bytes_of_the_fused_way():
+    x, W, A, B = (t.bfloat16() for t in lora_tensors())
+    y, h, Q = torch.empty(T, D_OUT).bfloat16(), torch.empty(T, R).bfloat16(), torch.empty(D_IN, K)
+    A32, H = A.float(), torch.empty(R, K)
+    forward = [x, A, h, x, W, h, B, y]
+    backward = [y, B, h, h, B, h, x, A, y, W, h, A, x]  # dh and dB from one reading of dy, dA, dx
+    fold = 2 * [A32, Q, H, A32, Q, H, A32]
+    way = roofline.lora_ways(T, D_IN, D_OUT, R)["ours, fused"]
+    assert sum(kernel.bytes for kernel in way) == sum(t.nbytes for t in forward + backward + fold)
+
+
+def test_two_calls_read_and_write_y_and_dx_once_more():
+    ways = roofline.lora_ways(T, D_IN, D_OUT, R)
+    fused, apart = (sum(kernel.bytes for kernel in ways[name]) for name in ("ours, fused", "ours, two calls"))
+    assert apart - fused == 2 * 2 * (T * D_OUT + T * D_IN)
+
+
+def test_a_bound_is_the_larger_of_computing_and_moving():
+    for kernel, gpu, seconds in (
+        (roofline.Kernel(312_000_000_000_000, 1), "A100", 1.0),
+        (roofline.Kernel(1, 3_350_000_000_000), "H100", 1.0),
+        (roofline.Kernel(989_000_000_000, 6_700_000_000), "H100", 2e-3),
+    ):
+        assert kernel.seconds(gpu) == pytest.approx(seconds)
+    # 2 · 4096³ FLOPs at 989 TFLOP/s, and three matrices of 32 MiB at 3.35 TB/s.
+    square = roofline.product(4096, 4096, 4096)
+    assert square.seconds("H100") == pytest.approx(0.139e-3, rel=1e-3) and square.bytes == 3 * 2**25
+
+
+def test_the_roofline_has_every_layer_of_every_model():
+    text = roofline.render()
+    assert text.count("| ours, fused |") == 11 and text.count("d = 4096: ours |") == 2
+    assert "| q, k, v, o | 4096 → 4096 | frozen linear | 275 | 201 | 1365 | 0.881 | 0.278 |" in text

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import bench_covariance, bench_projected_lora, bench_training_step, run, targets, timing
 
@@ -120,6 +121,68 @@ def test_run_stores_what_it_measured_and_draws_it(tmp_path, capsys):
     plot.main([str(out)])
     for name in ("tokens.png", "rank.png", "baselines.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+class FakeEvent:
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.fixture
+def fake_events(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(FakeEvent.now))
+    return waits
+
+
+def test_a_gpu_is_timed_by_events_after_its_cache_is_flushed(fake_events):
+    clock = timing.CudaClock(timing.CPU)
+    assert clock.flush.nbytes == 2**28
+
+    def run():
+        assert not clock.flush.any()
+        clock.flush[0] = 1
+        FakeEvent.now += 0.25
+
+    assert clock(run, 3) == 0.25
+    assert len(fake_events) == 1  # all calls are queued before anything is waited for
+
+
+def test_cases_are_measured_by_the_clock_of_the_device(fake_events, case, monkeypatch):
+    monkeypatch.setattr(timing, "clock_of", lambda device: lambda run, calls: (run(), 3.0)[1])
+    rows = timing.measure(case, PEAKS, timing.CPU, **TURNS)
+    assert {row["seconds"] for row in rows} == {3.0}
+    assert timing.peaks(1, small=True)["copy"] == 2 * 2**20 / 3.0
+
+
+@pytest.mark.parametrize("op", run.ON_GPU)
+def test_what_is_timed_is_on_the_device(op, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _device: False)  # it does not know meta
+    with torch.device("meta"):
+        case = run.MODULES[op].build(**run.MODULES[op].cases("tiny", ("float32",))[0])
+    result = case.contestants["ours"].run()  # a tensor of another device would raise
+    devices = {t.device.type for t in tree_leaves(result) if t is not None}
+    assert devices == (set() if op == "covariance" else {"meta"})
+
+
+def test_a_gpu_that_is_not_there_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        run.main(["--device", "cuda"])
+    assert "--device cuda: there is no CUDA device; `make bench` measures the CPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        run.main(["--device", "cuda", "--op", "covariance", "planning"])
+    assert "--op planning: measured on the CPU only; on a GPU covariance, projected_lora" in capsys.readouterr().err
 
 
 def test_results_of_several_runs_are_read_as_one(tmp_path):

@@ -263,3 +263,147 @@ def test_adapter_loaded_in_step_mode_keeps_the_invariant(tiny, tmp_path):
     model.load_adapter(tmp_path)
     assert worst_leak(model) < 1e-5
     assert (tiny.logits(model) - tiny.logits(wandered)).abs().max() < 1e-5
+
+
+# ---- GuardedAdamW
+
+
+def guarded_groups(tiny, model):
+    """Three groups, each of lora_A and lora_B, the second one with settings of its own."""
+    parameters = tiny.trainable(model)
+    settings = {"weight_decay": 0.3, "betas": (0.8, 0.99), "eps": 1e-6}
+    groups = [{"params": some} for some in (parameters[:5], parameters[5:16], parameters[16:])]
+    groups[1].update(lr=3e-3, **settings)
+    return groups
+
+
+def trained(tiny, optimizer_of, dtype=torch.float64, steps=20, **kwargs):
+    model = tiny.guarded(dtype=dtype)
+    optimizer = optimizer_of(model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step // 3))
+    losses = []
+    for _ in range(steps // 4):
+        losses += tiny.train(model, optimizer, steps=4, **kwargs)
+        schedule.step()
+    return model, optimizer, torch.tensor(losses, dtype=torch.float64)
+
+
+def adamw_with_guard(tiny):
+    def make(model):
+        optimizer = tiny.adamw(guarded_groups(tiny, model))
+        gk.guard_optimizer(optimizer, model)
+        return optimizer
+
+    return make
+
+
+def guarded_adamw(tiny):
+    return lambda model: gk.GuardedAdamW(model, guarded_groups(tiny, model), lr=1e-2, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("training", [{}, {"clip": 0.1, "accumulate": 2}], ids=["plain", "clipped, accumulated"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-3)], ids=str)
+def test_guarded_adamw_is_adamw_in_step_mode(tiny, dtype, tolerance, training):
+    expected, theirs, losses = trained(tiny, adamw_with_guard(tiny), dtype, **training)
+    model, ours, our_losses = trained(tiny, guarded_adamw(tiny), dtype, **training)
+    assert (our_losses - losses).norm() < tolerance * losses.norm()
+    start = projected(tiny.guarded(dtype=dtype))
+    assert (projected(expected) - start).norm() > 1e-2 * start.norm()
+    for a, b in zip(tiny.trainable(model), tiny.trainable(expected), strict=True):
+        assert (a - b).norm() < tolerance * b.norm()
+        assert ours.state[a].keys() == theirs.state[b].keys()
+        assert ours.state[a]["step"] == theirs.state[b]["step"] == 20
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert (ours.state[a][name] - theirs.state[b][name]).norm() <= tolerance * theirs.state[b][name].norm()
+    assert worst_leak(model) < 1e-6
+    assert tiny.drift(model)[0] < (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+def test_guarded_adamw_skips_parameters_without_a_gradient(tiny):
+    model = tiny.guarded()
+    optimizer = gk.GuardedAdamW(model)
+    model(**tiny.batch()).loss.backward()
+    first, *others = tiny.trainable(model)
+    first.grad, before = None, first.detach().clone()
+    optimizer.step()
+    assert torch.equal(first, before) and first not in optimizer.state
+    assert all(optimizer.state[p]["step"] == 1 for p in others)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in others)
+
+
+def test_guarded_adamw_takes_a_closure(tiny):
+    model = tiny.guarded()
+    optimizer = gk.GuardedAdamW(model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(**tiny.batch()).loss
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(3)]
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
+
+
+@pytest.mark.parametrize("source", ["AdamW", "GuardedAdamW"])
+@pytest.mark.parametrize("target", ["AdamW", "GuardedAdamW"])
+def test_states_of_adamw_and_guarded_adamw_are_the_same(tiny, source, target):
+    makers = {"AdamW": adamw_with_guard(tiny), "GuardedAdamW": guarded_adamw(tiny)}
+    model, optimizer, _ = trained(tiny, makers[source], steps=4)
+    state = copy.deepcopy(optimizer.state_dict())
+    other = tiny.guarded(dtype=torch.float64)
+    resumed = makers[target](other)
+    with torch.no_grad():
+        for a, b in zip(tiny.trainable(other), tiny.trainable(model), strict=True):
+            a.copy_(b)
+    resumed.load_state_dict(state)
+    assert [group["lr"] for group in resumed.param_groups] == [group["lr"] for group in optimizer.param_groups]
+    tiny.train(model, optimizer)
+    tiny.train(other, resumed)
+    for a, b in zip(tiny.trainable(other), tiny.trainable(model), strict=True):
+        assert (a - b).norm() < 1e-10 * b.norm()
+        assert resumed.state[a]["step"] == optimizer.state[b]["step"] == 8
+
+
+def test_without_its_guard_a_guarded_adamw_leaves_forward_mode(tiny):
+    model = tiny.guarded()
+    optimizer = gk.GuardedAdamW(model)
+    assert all(layer.step_mode for layer in model.guarded_layers().values())
+    optimizer.remove_guard()
+    assert not any(layer.step_mode for layer in model.guarded_layers().values())
+    tiny.train(model)
+    assert worst_leak(model) > 1e-3 and tiny.drift(model)[0] < 1e-6
+    gk.GuardedAdamW(model)
+
+
+def test_guarded_adamw_refuses_by_name(tiny):
+    model = tiny.guarded()
+    parameters = tiny.trainable(model)
+    for arguments, message in (
+        ({"params": [{"params": parameters, "amsgrad": True}]}, "has no amsgrad; use torch.optim.AdamW with"),
+        ({"params": [{"params": parameters, "maximize": True}]}, "has no maximize; use torch.optim.AdamW with"),
+        ({"lr": torch.tensor(0.1)}, "takes lr as a number, got a tensor; use torch.optim.AdamW with"),
+        ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"lr": -0.1}, "lr must not be negative, got -0.1"),
+        ({"eps": -1.0}, "eps must not be negative, got -1.0"),
+        ({"weight_decay": float("nan")}, "weight_decay must not be negative, got nan"),
+        ({"params": parameters[1:]}, "does not hold the lora_A of 1 of 14 guarded layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gk.GuardedAdamW(model, **arguments)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no guarded layer"):
+        gk.GuardedAdamW(tiny.base())
+    assert not any(layer.step_mode for layer in model.guarded_layers().values())
+
+    optimizer = gk.GuardedAdamW(model)
+    with pytest.raises(ValueError, match="step mode already"):
+        gk.GuardedAdamW(model)
+    with pytest.raises(TypeError, match="GuardedAdamW guards its model by itself; leave guard_optimizer and"):
+        gk.guard_optimizer(optimizer, model)
+    state = torch.optim.AdamW(parameters, amsgrad=True).state_dict()
+    with pytest.raises(ValueError, match="has no amsgrad"):
+        optimizer.load_state_dict(state)
+    parameters[1].grad = torch.zeros_like(parameters[1]).to_sparse()
+    with pytest.raises(RuntimeError, match="takes no sparse gradients; build the embedding with sparse=False"):
+        optimizer.step()

@@ -1,4 +1,4 @@
-"""null_project_ against G P with a dense float64 projector."""
+"""null_project_ and projected_adamw_ against G P with a dense float64 projector and AdamW of torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from oracle import DTYPES, assert_as_exact_as_plain, dense_projector, error, ort
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-from guardspace_kernels.ops import null_project_
+from guardspace_kernels.ops import null_project_, projected_adamw_
 
 OPS = torch.ops.guardspace
 D, K = 31, 9
@@ -205,3 +205,141 @@ Q3 = torch.eye(3)[:, :2]
 def test_bad_arguments_are_refused_by_name(arguments, exception, message):
     with pytest.raises(exception, match=f"null_project_{message}"):
         null_project_(*arguments)
+
+
+# ---- AdamW
+
+SETTINGS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+SHAPES = [(5, D), (D,), (2, 3, D), (0, D)]
+
+
+def states(dtype=torch.float64, basis_dtype=None):
+    """Lists of params, grads, first and second moments, steps and bases."""
+    lists = [[torch.randn(shape).to(dtype) for shape in SHAPES] for _ in range(4)]
+    lists[3] = [t.abs() for t in lists[3]]
+    steps = [torch.tensor(float(i + 1)) for i in range(len(SHAPES))]
+    return [*lists, steps, [orthonormal(D, K, basis_dtype or dtype) for _ in SHAPES]]
+
+
+def copied(lists, dtype=None):
+    return [*([t.to(dtype or t.dtype, copy=True) for t in values] for values in lists[:4]), *lists[4:]]
+
+
+def adamw_of_torch(lists, complement):
+    """The same by torch.optim.AdamW, in place, between products with a dense P."""
+    params, grads, exp_avgs, exp_avg_sqs, steps, bases = lists
+    settings = {"lr": SETTINGS["lr"], "eps": SETTINGS["eps"], "weight_decay": SETTINGS["weight_decay"]}
+    for p, grad, m, v, step, basis in zip(params, grads, exp_avgs, exp_avg_sqs, steps, bases, strict=True):
+        P = dense_projector(basis, complement, D).to(p.dtype)
+        p.grad = grad @ P
+        optimizer = torch.optim.AdamW([p], betas=(0.9, 0.999), foreach=False, **settings)
+        optimizer.state[p] = {"step": step - 1, "exp_avg": m, "exp_avg_sq": v}
+        optimizer.step()
+        p.copy_(p @ P)
+
+
+@pytest.mark.parametrize("basis_dtype", [None, torch.float32], ids=["basis in dtype of A", "float32 basis"])
+@pytest.mark.parametrize("complement", [True, False], ids=["range basis", "null basis"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_adamw_is_that_of_torch_between_projections(dtype, complement, basis_dtype):
+    lists = states(dtype, basis_dtype)
+    before, truth, plain = copied(lists), copied(lists, torch.float64), copied(lists)
+    adamw_of_torch(truth, complement)
+    adamw_of_torch(plain, complement)
+    assert projected_adamw_(*lists, complement, **SETTINGS) is None
+    for i in (0, 2, 3):
+        for result, one, exact in zip(lists[i], plain[i], truth[i], strict=True):
+            assert_as_exact_as_plain(result, one, exact)
+    assert all(torch.equal(grad, old) for grad, old in zip(lists[1], before[1], strict=True))
+
+
+def test_adamw_of_strided_matrices_and_mixed_complements():
+    lists = [values[:1] * 2 if i > 3 else [values[0], values[0].clone()] for i, values in enumerate(states())]
+    expected = copied(lists)
+    for i, complement in enumerate([True, False]):
+        projected_adamw_(*[values[i : i + 1] for values in expected], complement, **SETTINGS)
+    for layout in ("column-major", "every second column"):
+        views = [
+            [LAYOUTS[layout]()[:5].copy_(t) for t in values] if i < 4 else values for i, values in enumerate(lists)
+        ]
+        projected_adamw_(*views, [True, False], **SETTINGS)
+        for i in (0, 2, 3):
+            for view, one in zip(views[i], expected[i], strict=True):
+                torch.testing.assert_close(view, one, rtol=0, atol=1e-13)
+    projected_adamw_([], [], [], [], [], [], **SETTINGS)
+
+
+def test_adamw_passes_opcheck():
+    arguments = (*states(torch.float32), [True] * len(SHAPES), *SETTINGS.values())
+    opcheck(OPS.projected_adamw_.default, arguments)
+
+
+@automatic
+@pytest.mark.usefixtures("fresh_compiler")
+def test_adamw_compiles_to_one_graph():
+    counter = CompileCounterWithBackend("aot_eager")
+    lists = states(torch.float32)
+    expected = copied(lists)
+    compiled = torch.compile(lambda *lists: projected_adamw_(*lists, **SETTINGS), fullgraph=True, backend=counter)
+    compiled(*lists)
+    projected_adamw_(*expected, **SETTINGS)
+    for i in (0, 2, 3):
+        for result, one in zip(lists[i], expected[i], strict=True):
+            torch.testing.assert_close(result, one)
+    assert counter.frame_count == 1
+
+
+def test_adamw_of_a_leaf_that_requires_grad_is_refused_in_grad_mode():
+    lists = states(torch.float32)
+    lists[0][1] = torch.nn.Parameter(lists[0][1])
+    with pytest.raises(RuntimeError, match=r"projected_adamw_: .*requires grad.*torch\.no_grad\(\)"):
+        projected_adamw_(*lists, **SETTINGS)
+    before = lists[0][1].detach().clone()
+    with torch.no_grad():
+        projected_adamw_(*lists, **SETTINGS)
+    assert not torch.equal(lists[0][1], before)
+
+
+@pytest.mark.parametrize(
+    "column, value, exception, message",
+    [
+        (0, torch.ones(5, D).long(), TypeError, r"\[0\]: param must be float64.*got torch.int64"),
+        (0, torch.tensor(1.0), ValueError, r"\[0\]: param must be \(\.\.\., d\), got a scalar"),
+        (
+            1,
+            torch.ones(5, D - 1),
+            ValueError,
+            rf"\[0\]: grad must be as param, torch.float32 of shape \(5, {D}\) on cpu",
+        ),
+        (2, torch.ones(5, D).double(), ValueError, r"\[0\]: exp_avg must be as param.*got torch.float64"),
+        (3, torch.ones(5, D, device="meta"), ValueError, r"\[0\]: exp_avg_sq must be as param.*on meta"),
+        (2, torch.ones(1, D).expand(5, D), ValueError, r"\[0\]: exp_avg: .*share memory; give it memory of its own"),
+        (
+            4,
+            torch.ones(1),
+            ValueError,
+            r"\[0\]: step must be a 0-d float32 tensor on cpu.*got torch.float32 of shape \(1,",
+        ),
+        (4, torch.tensor(1), ValueError, r"\[0\]: step must be a 0-d float32 tensor on cpu.*got torch.int64"),
+        (5, torch.ones(D - 1, 2), ValueError, r"\[0\]: basis must be \(d, k\) with d = 31 .* of param"),
+    ],
+)
+def test_bad_arguments_of_adamw_are_refused_by_name(column, value, exception, message):
+    lists = states(torch.float32)
+    lists[column] = [value, *lists[column][1:]]
+    with pytest.raises(exception, match=f"projected_adamw_{message}"):
+        projected_adamw_(*lists, **SETTINGS)
+
+
+def test_lists_and_betas_of_adamw_that_do_not_fit_are_refused():
+    lists = states(torch.float32)
+    with pytest.raises(ValueError, match="projected_adamw_: a matrix occurs twice among params; give each one once"):
+        projected_adamw_(*[[values[0], values[0]] for values in lists], **SETTINGS)
+    for column, name in enumerate(("grads", "exp_avgs", "exp_avg_sqs", "steps", "bases"), start=1):
+        shorter = [values[:-1] if i == column else values for i, values in enumerate(lists)]
+        with pytest.raises(ValueError, match=f"projected_adamw_: {name} must be as many as params, 4, got 3"):
+            projected_adamw_(*shorter, **SETTINGS)
+    with pytest.raises(ValueError, match="projected_adamw_: complements must be as many as params, 4, got 2"):
+        projected_adamw_(*lists, [True, False], **SETTINGS)
+    with pytest.raises(ValueError, match=r"projected_adamw_: beta1 and beta2 must be in \[0, 1\), got 0.9 and 1.0"):
+        projected_adamw_(*lists, **{**SETTINGS, "beta2": 1.0})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from guardspace_kernels import dispatch
+from guardspace_kernels.ops import _triton
 from guardspace_kernels.ops._library import (
     LIBRARY,
     define,
@@ -26,6 +27,7 @@ dispatch.register(
     symmetrize_=reference.symmetrize_,
     squared_drift=reference.squared_drift,
 )
+_triton.register("covariance", _triton.accepts_written, "covariance_update_", "symmetrize_", "squared_drift")
 
 
 def _check_covariance(op: str, covariance: torch.Tensor) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from guardspace_kernels.ops._cpu import accepts_written, extension, register, view, written
-from guardspace_kernels.ops._library import rows
+from guardspace_kernels.ops._cpu import accepts_written, extension, register, view
+from guardspace_kernels.ops._library import rows, written
 from guardspace_kernels.ops.covariance.reference import Update
 
 

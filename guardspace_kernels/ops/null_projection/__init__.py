@@ -1,35 +1,44 @@
-"""In-place projection onto the harmful-resistant null space: ``G ← G P`` without ever forming P."""
+"""In-place projection onto the harmful-resistant null space: ``G ← G P`` without ever forming P; AdamW within it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from guardspace_kernels import dispatch
+from guardspace_kernels.ops import _triton
 from guardspace_kernels.ops._library import (
     LIBRARY,
     define,
     forbid_grad,
+    overlaps_itself,
     require_basis,
     require_float,
     require_same_device,
     shape,
 )
 from guardspace_kernels.ops.null_projection import cpu_kernels, reference  # noqa: F401  # the import registers them
+from guardspace_kernels.ops.null_projection.reference import Update
 
-__all__ = ["null_project_"]
+__all__ = ["null_project_", "projected_adamw_"]
 
-dispatch.register("null_projection", "reference", null_project_=reference.null_project_)
+dispatch.register(
+    "null_projection",
+    "reference",
+    null_project_=reference.null_project_,
+    projected_adamw_=reference.projected_adamw_,
+)
+_triton.register("null_projection", _triton.accepts_written, "null_project_", "projected_adamw_")
 
 
-def _check(g: torch.Tensor, basis: torch.Tensor, where: str = "") -> None:
-    op = "null_project_" + where
-    require_float(op, g=g)
+def _check(g: torch.Tensor, basis: torch.Tensor, op: str = "null_project_", name: str = "g") -> None:
+    require_float(op, **{name: g})
     if g.dim() < 1:
-        raise ValueError(f"{op}: g must be (..., d), got a scalar")
-    require_basis(op, basis, g.shape[-1], "g")
-    require_same_device(op, "g", g, basis=basis)
+        raise ValueError(f"{op}: {name} must be (..., d), got a scalar")
+    require_basis(op, basis, g.shape[-1], name)
+    require_same_device(op, name, g, basis=basis)
 
 
 def _check_list(g: Sequence[torch.Tensor], basis: Sequence[torch.Tensor], complement: Sequence[bool]) -> None:
@@ -39,7 +48,7 @@ def _check_list(g: Sequence[torch.Tensor], basis: Sequence[torch.Tensor], comple
             f"got {len(g)}, {len(basis)} and {len(complement)}"
         )
     for i, (one, its_basis) in enumerate(zip(g, basis, strict=True)):
-        _check(one, its_basis, f"[{i}]")
+        _check(one, its_basis, f"null_project_[{i}]")
 
 
 def _project(g: torch.Tensor, basis: torch.Tensor, complement: bool = True) -> None:
@@ -57,6 +66,59 @@ def _project_list(g: Sequence[torch.Tensor], basis: Sequence[torch.Tensor], comp
     dispatch.call_all("null_projection", "null_project_", items, lambda item: item[:2])
 
 
+def _updates(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    steps: Sequence[torch.Tensor],
+    bases: Sequence[torch.Tensor],
+    complements: Sequence[bool],
+    *settings: float,
+) -> list[Update]:
+    lists = {
+        "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "bases": bases,
+        "complements": complements,
+    }  # fmt: skip
+    for name, values in lists.items():
+        if len(values) != len(params):
+            raise ValueError(f"projected_adamw_: {name} must be as many as params, {len(params)}, got {len(values)}")
+    if len({id(param) for param in params}) < len(params):
+        raise ValueError("projected_adamw_: a matrix occurs twice among params; give each one once")
+    if not (0 <= settings[1] < 1 and 0 <= settings[2] < 1):
+        raise ValueError(f"projected_adamw_: beta1 and beta2 must be in [0, 1), got {settings[1]} and {settings[2]}")
+    updates = [Update(*item, settings) for item in zip(params, *lists.values(), strict=True)]  # type: ignore[call-arg]
+    for i, update in enumerate(updates):
+        _check_update(f"projected_adamw_[{i}]", update)
+    return updates
+
+
+def _check_update(op: str, u: Update) -> None:
+    _check(u.param, u.basis, op, "param")
+    for name, t in (("grad", u.grad), ("exp_avg", u.exp_avg), ("exp_avg_sq", u.exp_avg_sq)):
+        if t.shape != u.param.shape or t.dtype != u.param.dtype or t.device != u.param.device:
+            raise ValueError(
+                f"{op}: {name} must be as param, {u.param.dtype} of shape {shape(u.param)} on {u.param.device}, "
+                f"got {t.dtype} of shape {shape(t)} on {t.device}"
+            )
+        if t is not u.grad and (overlap := overlaps_itself(t)):
+            raise ValueError(f"{op}: {name}: {overlap}; give it memory of its own")
+    if u.step.dim() or u.step.dtype != torch.float32 or u.step.device != u.param.device:
+        raise ValueError(
+            f"{op}: step must be a 0-d float32 tensor on {u.param.device}, where param is, "
+            f"got {u.step.dtype} of shape {shape(u.step)} on {u.step.device}"
+        )
+
+
+def _adamw(*arguments: Any) -> None:
+    updates = _updates(*arguments)
+    dispatch.call_all("null_projection", "projected_adamw_", updates, lambda update: (update.param, update.basis))
+
+
+def _adamw_fake(*arguments: Any) -> None:
+    _updates(*arguments)
+
+
 define(
     "null_project_(Tensor(a!) g, Tensor basis, bool complement=True) -> ()",
     _project,
@@ -67,10 +129,19 @@ define(
     _project_list,
     _check_list,
 )
+define(
+    "projected_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor[] steps, Tensor[] bases, bool[] complements, "
+    "float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
+    _adamw,
+    _adamw_fake,
+)
 _project_op = torch.ops.guardspace.null_project_.default
 _project_list_op = torch.ops.guardspace.null_project_list_.default
 LIBRARY.impl("null_project_", forbid_grad("null_project_", _project_op), "Autograd")
 LIBRARY.impl("null_project_list_", forbid_grad("null_project_", _project_list_op), "Autograd")
+_adamw_op = torch.ops.guardspace.projected_adamw_.default
+LIBRARY.impl("projected_adamw_", forbid_grad("projected_adamw_", _adamw_op), "Autograd")
 
 
 def null_project_(
@@ -107,3 +178,43 @@ def null_project_(
         raise TypeError(f"null_project_: with a list g, basis must be a list, got one tensor of shape {shape(basis)}")
     complements = [complement] * len(g) if isinstance(complement, bool) else list(complement)
     _project_list_op(list(g), list(basis), complements)
+
+
+def projected_adamw_(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    steps: Sequence[torch.Tensor],
+    bases: Sequence[torch.Tensor],
+    complements: bool | Sequence[bool] = True,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step of AdamW in the null space, in place, for matrices A with gradients G and moments M, V.
+
+    ``G ← G P``, ``M ← β₁ M + (1 − β₁) G``, ``V ← β₂ V + (1 − β₂) G²``, and with t the number of this step
+    ``A ← ((1 − lr·λ) A − lr / (1 − β₁ᵗ) · M / (√(V / (1 − β₂ᵗ)) + ε)) P``: the step of ``torch.optim.AdamW`` between
+    two projections. P as in :func:`null_project_`. Computed in float32, or in float64 for such matrices.
+
+    Args:
+        params: A (..., d) each, float64, float32, float16 or bfloat16, any strides; each matrix once.
+        grads: G, only read. exp_avgs, exp_avg_sqs: M and V. All as their params in shape, dtype and device.
+        steps: t, counted from one, for each matrix: a 0-d float32 tensor on its device, so that a CUDA graph may
+            count. It is only read.
+        bases: (d, k) each. complements: one value for all or a list.
+        lr, beta1, beta2, eps, weight_decay: as in ``torch.optim.AdamW``, one value for all.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device, list length or beta that does not fit; a matrix twice.
+        RuntimeError: in grad mode, if a param requires grad.
+    """
+    complements = [complements] * len(params) if isinstance(complements, bool) else list(complements)
+    _adamw_op(
+        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps), list(bases), complements,
+        lr, beta1, beta2, eps, weight_decay,
+    )  # fmt: skip

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from guardspace_kernels.ops._cpu import accepts_written, extension, register, view, written
-from guardspace_kernels.ops._library import compute_dtype, rows
-from guardspace_kernels.ops.null_projection.reference import Projection
+from guardspace_kernels.ops._cpu import accepts_written, extension, register, view
+from guardspace_kernels.ops._library import compute_dtype, rows, written
+from guardspace_kernels.ops.null_projection import reference
+from guardspace_kernels.ops.null_projection.reference import Projection, Update
 
 
 def accepts(g: torch.Tensor, basis: torch.Tensor) -> tuple[bool, str]:
@@ -37,4 +38,8 @@ def project_into(out: torch.Tensor, g: torch.Tensor, basis: torch.Tensor, comple
     extension.null_project([(view(out), view(g), view(basis), complement)], torch.get_num_threads())
 
 
-register("null_projection", accepts, null_project_=null_project_)
+def projected_adamw_(updates: list[Update]) -> None:
+    reference.projected_adamw_(updates, null_project_)
+
+
+register("null_projection", accepts, null_project_=null_project_, projected_adamw_=projected_adamw_)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from guardspace_kernels import dispatch
+from guardspace_kernels.ops import _triton
 from guardspace_kernels.ops._library import (
     AUTOCAST,
     LIBRARY,
@@ -34,6 +35,7 @@ __all__ = ["projected_lora"]
 _OP = "projected_lora"
 
 dispatch.register(_OP, "reference", forward=reference.forward, backward=reference.backward)
+_triton.register(_OP, _triton.accepts, "forward", "backward")
 
 
 def _check(

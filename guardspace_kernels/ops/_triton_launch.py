@@ -1,0 +1,188 @@
+"""Launches of Triton kernels: a row of the table for each, and pointers of many tensors in one launch."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from guardspace_kernels.ops._triton import target
+from guardspace_kernels.ops._triton_table import GROUP, KERNELS, Row, rows_for
+
+_TABLES: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
+_MOST_TABLES = 256
+_CAPTURED: list[torch.Tensor] = []  # graphs read these as long as they live
+
+
+def launch(function: Any, row: Row, grid: int | tuple[int, ...], arguments: dict[str, Any], **variant: Any) -> None:
+    """Runs a kernel with the row's constants and the call's ``variant``; both must be what the table says."""
+    kernel = KERNELS[row.kernel]
+    if list(arguments) != list(kernel.arguments) or variant not in kernel.variants:
+        raise AssertionError(f"{row.kernel}: called with {list(arguments)} and {variant}, unlike the table")
+    grid = (grid,) if isinstance(grid, int) else grid
+    if all(grid):
+        device = _device(arguments)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton asks for the current one
+            function[grid](**arguments, **variant, **row.constants, num_warps=row.warps, num_stages=row.stages)
+
+
+def launch_items(
+    function: Any, items: Sequence[tuple[Row, int, dict[str, Any]]], shared: dict[str, Any] | None = None
+) -> None:
+    """Runs a kernel on many items of one device, in one launch for each row, dtypes and alignment among them.
+
+    Args:
+        items: (row, number of programs, the item's own arguments in the kernel's order). Of several items the kernel
+            finds its own in TABLE, whose columns are those arguments and where the item's programs begin; of a single
+            one it gets them as they are, so that Triton sees their alignment and nothing is sent to the device.
+        shared: arguments after TABLE and n that are those of all items.
+    """
+    groups: dict[Any, list[tuple[Row, int, dict[str, Any]]]] = {}
+    for row, programs, item in items:
+        dtypes = tuple(value.dtype for value in item.values() if isinstance(value, torch.Tensor))
+        hints = [_number(item[name]) for name in KERNELS[row.kernel].aligned if name in item]
+        group = (row.key, dtypes, not any(number % 16 for number in hints))
+        groups.setdefault(group, []).append((row, programs, item))
+    for (*_, well), members in groups.items():
+        for start in range(0, len(members), GROUP):
+            _launch_group(function, members[start : start + GROUP], shared or {}, well)
+
+
+def _launch_group(
+    function: Any, items: list[tuple[Row, int, dict[str, Any]]], shared: dict[str, Any], well: bool
+) -> None:
+    row, programs, first = items[0]
+    sent = None
+    if len(items) > 1:
+        begins = accumulate((programs for _, programs, _ in items), initial=0)
+        numbers = [(*map(_number, item.values()), begin) for (_, _, item), begin in zip(items, begins, strict=False)]
+        sent = table(numbers, _device(first))
+    if sent is not None:
+        total = sum(programs for _, programs, _ in items)
+        launch(function, row, total, {**first, "TABLE": sent, "n": len(items), **shared}, GROUPED=True, ALIGNED=well)
+        return
+    for row, programs, item in items:
+        unread = torch.empty(0, dtype=torch.int64, device=_device(item))
+        launch(function, row, programs, {**item, "TABLE": unread, "n": 0, **shared}, GROUPED=False, ALIGNED=False)
+
+
+def _number(value: Any) -> int:
+    return value.data_ptr() if isinstance(value, torch.Tensor) else int(value)
+
+
+def _device(item: dict[str, Any]) -> torch.device:
+    return next(value.device for value in item.values() if isinstance(value, torch.Tensor))
+
+
+def choose(
+    kernel: str,
+    device: torch.device,
+    sizes: tuple[int, ...] = (),
+    trial: Callable[[Row], object] | None = None,
+    among: Sequence[Row] | None = None,
+) -> Row:
+    """The row for a launch: the first in the table, or ``among`` others, whose ``least`` sizes are reached.
+
+    With ``GUARDSPACE_AUTOTUNE=1`` the quickest by ``trial``, which runs the kernel into scratch memory; the choice is
+    kept in ``$XDG_CACHE_HOME/guardspace_kernels`` for sizes of the same powers of two. Nothing is tried while a CUDA
+    graph is captured.
+    """
+    chip = target(device)
+    assert chip is not None
+    rows = among or rows_for(kernel, chip)
+    if trial is not None and len(rows) > 1 and device.type == "cuda" and os.environ.get("GUARDSPACE_AUTOTUNE") == "1":
+        known = _choices(torch.cuda.get_device_name(device))
+        name = f"{kernel} {[max(size, 1).bit_length() for size in sizes]}"
+        by_key = {row.key: row for row in rows}
+        if known.get(name) in by_key:
+            return by_key[known[name]]
+        if not torch.cuda.is_current_stream_capturing():
+            best = min(rows, key=lambda row: _seconds(lambda: trial(row)))
+            known[name] = best.key
+            _write_choices(torch.cuda.get_device_name(device), known)
+            return best
+    return next(row for row in rows if all(size >= least for size, least in zip(sizes, row.least, strict=False)))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    with suppress(triton.OutOfResources):
+        run()
+        times = []
+        for _ in range(5):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        return median(times)
+    return float("inf")
+
+
+def _choices_file(device_name: str) -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "guardspace_kernels" / f"{device_name.replace(' ', '-')}-triton-{triton.__version__}.json"
+
+
+@functools.cache
+def _choices(device_name: str) -> dict[str, str]:
+    with suppress(OSError, ValueError):
+        return dict(json.loads(_choices_file(device_name).read_text(encoding="utf-8")))
+    return {}
+
+
+def _write_choices(device_name: str, choices: dict[str, str]) -> None:
+    path = _choices_file(device_name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with suppress(OSError):  # a cache that cannot be written is tried again by the next process
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(choices, indent=1, sort_keys=True), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def table(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor | None:
+    """(n, columns) int64 on the device: pointers, sizes and strides of n items that one launch serves.
+
+    The same numbers are sent once: parameters and their gradients stay where they are from step to step. None while
+    a CUDA graph is captured, if these have not been sent before: its replays would copy from memory that is gone.
+    """
+    key = (device, *map(tuple, rows))
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if key not in _TABLES and not capturing:
+        host = torch.tensor(rows, dtype=torch.int64)
+        _TABLES[key] = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+        if len(_TABLES) > _MOST_TABLES:
+            _TABLES.popitem(last=False)
+    found = _TABLES.get(key)
+    if found is not None:
+        _TABLES.move_to_end(key)
+        if capturing:
+            _CAPTURED.append(found)
+    return found
+
+
+def unit_inner(t: torch.Tensor) -> torch.Tensor:
+    """The matrix itself if its rows are contiguous, else a copy."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+_MOST = tl.constexpr(GROUP)
+
+
+@triton.jit
+def locate(TABLE, n, pid, COLUMNS: tl.constexpr):
+    """Where in the table the item of program ``pid`` stands: the last column says where each one's programs begin."""
+    i = tl.arange(0, _MOST)
+    starts = tl.load(TABLE + i * COLUMNS + (COLUMNS - 1), mask=i < n, other=9223372036854775807)
+    return TABLE + (tl.sum((starts <= pid).to(tl.int32)) - 1) * COLUMNS

@@ -1,0 +1,249 @@
+"""Null-space projection, and AdamW between two of them, by Triton: a few launches for all matrices of a model.
+
+A projection takes two: the first forms ``H = G basis``, the second ``G − H basisᵀ`` or ``H basisᵀ``; each reads every
+basis once, blocks of rows that share it side by side. Where the matrices are too few to fill the chip the first one
+splits d into slices, which are summed in one order: the same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from guardspace_kernels.ops._library import rows, written
+from guardspace_kernels.ops._triton_launch import choose, launch_items, locate, unit_inner
+from guardspace_kernels.ops._triton_table import Row
+from guardspace_kernels.ops.null_projection.reference import Projection, Update
+
+#: (g, out, basis, complement): out ← g P
+Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]
+
+_PROGRAMS = 256  # about two for each multiprocessor of a large chip
+_MOST_SLICES = 8
+
+
+@triton.jit
+def onto_basis(
+    G, BASIS, r, d, k, stride_g, stride_b, h, TABLE, n, H, slices, stride_h,
+    GROUPED: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``H[slice] = G[:, slice] basis[slice]``, (r, k) for each slice of d, from ``H[slice] + h`` on."""
+    pid = tl.program_id(0)
+    if GROUPED:
+        item = locate(TABLE, n, pid, 9)
+        G, BASIS = tl.load(item).to(G.dtype), tl.load(item + 1).to(BASIS.dtype)
+        r, d, k = tl.load(item + 2).to(tl.int32), tl.load(item + 3).to(tl.int32), tl.load(item + 4).to(tl.int32)
+        stride_g, stride_b, h = tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
+        pid -= tl.load(item + 8).to(tl.int32)
+        if ALIGNED:
+            G, d, stride_g = tl.multiple_of(G, 16), tl.multiple_of(d, 16), tl.multiple_of(stride_g, 16)
+    blocks_r = tl.cdiv(r, BLOCK_R)
+    part = pid // blocks_r % slices
+    i = (pid % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    j = (pid // blocks_r // slices) * BLOCK_K + tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    for start in range(part * BLOCK_D, d, slices * BLOCK_D):
+        m = start + tl.arange(0, BLOCK_D)
+        g = tl.load(G + i.to(tl.int64) * stride_g + m, mask=(i < r) & (m < d), other=0.0)
+        b = tl.load(BASIS + m[:, None].to(tl.int64) * stride_b + j, mask=(m[:, None] < d) & (j < k), other=0.0)
+        total = tl.dot(g.to(tl.float32), b, total, input_precision=PRECISION)
+    tl.store(H + part * stride_h + h + i.to(tl.int64) * k + j, total, mask=(i < r) & (j < k))
+
+
+@triton.jit
+def _times_basis(
+    H, BASIS, i, m, r, d, k, stride_b, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The entries (i, m) of ``H basisᵀ``."""
+    total = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        onto = tl.load(H + i.to(tl.int64) * k + j, mask=(i < r) & (j < k), other=0.0)
+        b = tl.load(BASIS + m[:, None].to(tl.int64) * stride_b + j, mask=(m[:, None] < d) & (j < k), other=0.0)
+        total = tl.dot(onto, tl.trans(b), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def from_basis(
+    G, OUT, BASIS, r, d, k, stride_g, stride_out, stride_b, complement, h, TABLE, n, H,
+    GROUPED: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``OUT = G − H basisᵀ``, or ``H basisᵀ``."""
+    pid = tl.program_id(0)
+    if GROUPED:
+        item = locate(TABLE, n, pid, 12)
+        G, OUT, BASIS = tl.load(item).to(G.dtype), tl.load(item + 1).to(OUT.dtype), tl.load(item + 2).to(BASIS.dtype)
+        r, d, k = tl.load(item + 3).to(tl.int32), tl.load(item + 4).to(tl.int32), tl.load(item + 5).to(tl.int32)
+        stride_g, stride_out, stride_b = tl.load(item + 6), tl.load(item + 7), tl.load(item + 8)
+        complement, h = tl.load(item + 9).to(tl.int32), tl.load(item + 10)
+        pid -= tl.load(item + 11).to(tl.int32)
+        if ALIGNED:
+            G, OUT, d = tl.multiple_of(G, 16), tl.multiple_of(OUT, 16), tl.multiple_of(d, 16)
+            stride_g, stride_out = tl.multiple_of(stride_g, 16), tl.multiple_of(stride_out, 16)
+    blocks_r = tl.cdiv(r, BLOCK_R)
+    i = (pid % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    m = (pid // blocks_r) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (i < r) & (m < d)
+    result = _times_basis(H + h, BASIS, i, m, r, d, k, stride_b, BLOCK_R, BLOCK_K, BLOCK_D, PRECISION)
+    if complement != 0:
+        result = tl.load(G + i.to(tl.int64) * stride_g + m, mask=inside, other=0.0).to(tl.float32) - result
+    tl.store(OUT + i.to(tl.int64) * stride_out + m, result.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _bias_correction(step, log_beta):
+    """``1 − betaᵗ``, which cancels in float32 for the first steps of a beta near one: there its power series."""
+    y = step * log_beta
+    series = 1 + y / 2 * (1 + y / 3 * (1 + y / 4 * (1 + y / 5 * (1 + y / 6 * (1 + y / 7)))))
+    return tl.where(y > -0.35, -y * series, 1 - tl.exp(y))
+
+
+@triton.jit
+def adamw_from_basis(
+    G, A, M, V, STEP, BASIS, r, d, k, stride_g, stride_a, stride_m, stride_v, stride_b, complement, h, TABLE, n, H,
+    lr, decay, eps, beta1, beta2, log_beta1, log_beta2,
+    GROUPED: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As ``from_basis``, but what AdamW makes of the projected gradient is written, to A, M and V."""
+    pid = tl.program_id(0)
+    if GROUPED:
+        item = locate(TABLE, n, pid, 17)
+        G, A = tl.load(item).to(G.dtype), tl.load(item + 1).to(A.dtype)
+        M, V = tl.load(item + 2).to(M.dtype), tl.load(item + 3).to(V.dtype)
+        STEP, BASIS = tl.load(item + 4).to(STEP.dtype), tl.load(item + 5).to(BASIS.dtype)
+        r, d, k = tl.load(item + 6).to(tl.int32), tl.load(item + 7).to(tl.int32), tl.load(item + 8).to(tl.int32)
+        stride_g, stride_a, stride_m = tl.load(item + 9), tl.load(item + 10), tl.load(item + 11)
+        stride_v, stride_b = tl.load(item + 12), tl.load(item + 13)
+        complement, h = tl.load(item + 14).to(tl.int32), tl.load(item + 15)
+        pid -= tl.load(item + 16).to(tl.int32)
+        if ALIGNED:
+            G, A, M, V = tl.multiple_of(G, 16), tl.multiple_of(A, 16), tl.multiple_of(M, 16), tl.multiple_of(V, 16)
+            stride_g, stride_a = tl.multiple_of(stride_g, 16), tl.multiple_of(stride_a, 16)
+            stride_m, stride_v, d = tl.multiple_of(stride_m, 16), tl.multiple_of(stride_v, 16), tl.multiple_of(d, 16)
+    blocks_r = tl.cdiv(r, BLOCK_R)
+    i = (pid % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    m = (pid // blocks_r) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (i < r) & (m < d)
+    g = _times_basis(H + h, BASIS, i, m, r, d, k, stride_b, BLOCK_R, BLOCK_K, BLOCK_D, PRECISION)
+    i = i.to(tl.int64)
+    if complement != 0:
+        g = tl.load(G + i * stride_g + m, mask=inside, other=0.0).to(tl.float32) - g
+    first = tl.load(M + i * stride_m + m, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(V + i * stride_v + m, mask=inside, other=0.0).to(tl.float32)
+    first += (1 - beta1) * (g - first)
+    second = beta2 * second + (1 - beta2) * g * g
+    tl.store(M + i * stride_m + m, first.to(M.dtype.element_ty), mask=inside)
+    tl.store(V + i * stride_v + m, second.to(V.dtype.element_ty), mask=inside)
+    step = tl.load(STEP)
+    step_size = lr / _bias_correction(step, log_beta1)
+    denominator = tl.sqrt(second / _bias_correction(step, log_beta2)) + eps
+    a = tl.load(A + i * stride_a + m, mask=inside, other=0.0).to(tl.float32)
+    a = decay * a - step_size * first / denominator
+    tl.store(A + i * stride_a + m, a.to(A.dtype.element_ty), mask=inside)
+
+
+def _rows(kernel: str, matrices: list[torch.Tensor]) -> list[Row]:
+    by_rank = {r: choose(kernel, matrices[0].device, (r,)) for r in {len(matrix) for matrix in matrices}}
+    return [by_rank[len(matrix)] for matrix in matrices]
+
+
+def _programs(row: Row, r: int, block: str, size: int) -> int:
+    return triton.cdiv(r, row.constants["BLOCK_R"]) * triton.cdiv(size, row.constants[block])
+
+
+def _onto_bases(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, list[int]]:
+    """``H = G basis`` of all pairs, one after the other, and where each begins."""
+    chosen = _rows("null_projection.onto_basis", [g for g, _ in pairs])
+    programs = [_programs(row, g.shape[0], "BLOCK_K", b.shape[1]) for row, (g, b) in zip(chosen, pairs, strict=True)]
+    blocks_d = max(triton.cdiv(g.shape[1], row.constants["BLOCK_D"]) for row, (g, _) in zip(chosen, pairs, strict=True))
+    slices = max(1, min(_MOST_SLICES, blocks_d, _PROGRAMS // max(1, sum(programs))))
+    items, offsets, offset = [], [], 0
+    for row, count, (g, basis) in zip(chosen, programs, pairs, strict=True):
+        (r, d), k = g.shape, basis.shape[1]
+        item = {
+            "G": g, "BASIS": basis, "r": r, "d": d, "k": k, "stride_g": g.stride(0), "stride_b": basis.stride(0),
+            "h": offset,
+        }  # fmt: skip
+        items.append((row, count * slices, item))
+        offsets.append(offset)
+        offset += triton.cdiv(r * k, 16) * 16
+    H = torch.empty((slices, offset), dtype=torch.float32, device=pairs[0][0].device)
+    launch_items(onto_basis, items, {"H": H, "slices": slices, "stride_h": offset})
+    return H[0] if slices == 1 else H.sum(0), offsets
+
+
+def project(items: Sequence[Item]) -> None:
+    """``out ← g P`` for matrices g, out (r, d) whose rows are contiguous, and a basis (d, k) of any dtype."""
+    if not items:
+        return
+    bases = [unit_inner(basis.float()) for _, _, basis, _ in items]
+    H, offsets = _onto_bases([(g, basis) for (g, *_), basis in zip(items, bases, strict=True)])
+    chosen = _rows("null_projection.from_basis", [g for g, *_ in items])
+    launches = []
+    for row, (g, out, _, complement), basis, h in zip(chosen, items, bases, offsets, strict=True):
+        r, d = g.shape
+        item = {
+            "G": g, "OUT": out, "BASIS": basis, "r": r, "d": d, "k": basis.shape[1], "stride_g": g.stride(0),
+            "stride_out": out.stride(0), "stride_b": basis.stride(0), "complement": int(complement), "h": h,
+        }  # fmt: skip
+        launches.append((row, _programs(row, r, "BLOCK_D", d), item))
+    launch_items(from_basis, launches, {"H": H})
+
+
+def _adamw(updates: list[Update], flats: list[list[torch.Tensor]]) -> None:
+    """M, V and A of AdamW by the projected gradients; A is not projected yet. ``flats`` are A, G, M, V as matrices."""
+    bases = [unit_inner(update.basis.float()) for update in updates]
+    H, offsets = _onto_bases([(g, basis) for (_, g, *_), basis in zip(flats, bases, strict=True)])
+    chosen = _rows("null_projection.adamw_from_basis", [a for a, *_ in flats])
+    launches = []
+    for row, update, (a, g, m, v), basis, h in zip(chosen, updates, flats, bases, offsets, strict=True):
+        r, d = a.shape
+        item = {
+            "G": g, "A": a, "M": m, "V": v, "STEP": update.step, "BASIS": basis, "r": r, "d": d, "k": basis.shape[1],
+            "stride_g": g.stride(0), "stride_a": a.stride(0), "stride_m": m.stride(0), "stride_v": v.stride(0),
+            "stride_b": basis.stride(0), "complement": int(update.complement), "h": h,
+        }  # fmt: skip
+        launches.append((row, _programs(row, r, "BLOCK_D", d), item))
+    lr, beta1, beta2, eps, weight_decay = updates[0].settings
+    shared: dict[str, Any] = {"H": H, "lr": lr, "decay": 1 - lr * weight_decay, "eps": eps, "beta1": beta1}
+    shared |= {"beta2": beta2, "log_beta1": _log(beta1), "log_beta2": _log(beta2)}
+    launch_items(adamw_from_basis, launches, shared)
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta else -math.inf
+
+
+def _write_back(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for t, flat in pairs:
+        if flat.data_ptr() != t.data_ptr():
+            t.copy_(flat.view(t.shape))
+    written(*(t for t, _ in pairs))
+
+
+def null_project_(projections: list[Projection]) -> None:
+    if len({g.data_ptr() for g, *_ in projections}) < len(projections):  # one matrix twice: one after the other
+        for projection in projections:
+            null_project_([projection])
+        return
+    flats = [unit_inner(rows(g)) for g, *_ in projections]
+    project([(flat, flat, basis, complement) for flat, (_, basis, complement) in zip(flats, projections, strict=True)])
+    _write_back([(g, flat) for (g, *_), flat in zip(projections, flats, strict=True)])
+
+
+def projected_adamw_(updates: list[Update]) -> None:
+    flats = [[unit_inner(rows(t)) for t in (u.param, u.grad, u.exp_avg, u.exp_avg_sq)] for u in updates]
+    _adamw(updates, flats)
+    project([(a, a, u.basis, u.complement) for u, (a, *_) in zip(updates, flats, strict=True)])
+    for u, (a, _, m, v) in zip(updates, flats, strict=True):
+        _write_back([(u.param, a), (u.exp_avg, m), (u.exp_avg_sq, v)])
