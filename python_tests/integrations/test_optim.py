@@ -174,11 +174,15 @@ def test_step_mode_starts_from_a_matrix_that_wandered(tiny):
 def test_gradients_are_projected_before_clipping(tiny):
     model = tiny.guarded()
     gk.guard_optimizer(tiny.adamw(tiny.trainable(model)), model)
+    layers, raw = model.guarded_layers(), dict.fromkeys(model.guarded_layers(), 0.0)
+    for name, layer in layers.items():
+        # What is left after the projection may be a small part of what was rounded before it.
+        layer.A.register_hook(lambda g, name=name: raw.update({name: raw[name] + g.norm()}))
     for micro in range(2):
         model(**tiny.batch(seed=micro)).loss.backward()
-        for layer in model.guarded_layers().values():
+        for name, layer in layers.items():
             Q, _ = tiny.directions(layer)
-            assert (layer.A.grad.double() @ Q).norm() < 1e-6 * layer.A.grad.norm()
+            assert (layer.A.grad.double() @ Q).norm() < 3e-7 * raw[name]
 
 
 def test_remove_returns_to_forward_mode(tiny):
