@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 CXX_SOURCES := $(wildcard $(foreach ext,cpp h cu cuh,csrc/*.$(ext) csrc/*/*.$(ext)))
 
-.PHONY: help install demo test sanitize bench lint format clean
+.PHONY: help install demo test sanitize bench bench-gpu gpu-static lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,8 @@ help:
 	@echo "make test     the test suite (JOBS=n processes, default $(JOBS); ARGS='-k name' goes to pytest)"
 	@echo "make sanitize the tests of the C++ kernels under AddressSanitizer and UBSan, for every instruction set"
 	@echo "make bench    speed against plain PyTorch and PEFT (ARGS='--help' lists the options)"
+	@echo "make bench-gpu   the same on a CUDA device"
+	@echo "make gpu-static  compile the Triton kernels for every chip, without one, and write what came out"
 	@echo "make lint     ruff, mypy and clang-format; make format applies what can be applied"
 	@echo "make install  only create $(VENV), which the others do when needed (TORCH_INDEX=url: take torch from there)"
 	@echo "make clean    remove $(VENV), caches and build products"
@@ -45,6 +47,12 @@ sanitize: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-gpu: $(VENV)/installed
+	$(BIN)/python -m benchmarks.run --device cuda $(ARGS)
+
+gpu-static: $(VENV)/installed
+	$(BIN)/python -m benchmarks.gpu_static $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

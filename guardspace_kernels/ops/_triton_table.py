@@ -164,9 +164,10 @@ def _projection_rows(kernel: str) -> list[Row]:
         high = {"BLOCK_R": 64, "BLOCK_K": 32, "BLOCK_D": 32, "PRECISION": _EXACT[NVIDIA]}
         rows.append(Row(kernel, ("sm80", "sm89", "sm90", "sm100"), high, warps=8, stages=3, least=(33,)))
     for targets, precision in _EXACT.items():
-        block_d = 32 if kernel == "null_projection.onto_basis" else 64
+        block_d = 64 if kernel == "null_projection.from_basis" else 32
+        stages = 2 if kernel == "null_projection.adamw_from_basis" else 3
         low = {"BLOCK_R": 16, "BLOCK_K": 32, "BLOCK_D": block_d, "PRECISION": precision}
-        rows.append(Row(kernel, targets, low, warps=4, stages=3))
+        rows.append(Row(kernel, targets, low, 4, stages))
     return rows
 
 

@@ -365,14 +365,16 @@ def test_other_dtypes_are_refused_and_left_to_the_reference(launched):
     )
 
 
-def test_the_op_is_registered_as_torch_wants_it():
-    x, call, _ = drawn(20, 33, 40, 3, torch.bfloat16, basis=True, frozen=True)
-    leaves = [t.requires_grad_() for t in (x, call["lora_A"], call["lora_B"])]
-    arguments = (
-        leaves[0], call["weight"], *leaves[1:], call["basis"], True, 0.7, None, call["frozen_A"], call["frozen_B"],
-        0.5, torch.tensor(3), None,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.guardspace.projected_lora_forward.default, arguments)
+def test_the_ops_are_registered_as_torch_wants_them():
+    x, call, dy = drawn(20, 33, 40, 3, torch.bfloat16, basis=True, frozen=True)
+    layer_of = [call[name] for name in ("weight", "lora_A", "lora_B", "basis", "complement", "scale")]
+    pair, dropout = [call["frozen_A"], call["frozen_B"]], [0.5, torch.tensor(3)]
+    forward, backward = (getattr(torch.ops.guardspace, f"projected_lora_{name}") for name in ("forward", "backward"))
+    _, h, A_P = forward(x, *layer_of, None, *pair, *dropout, None)
+    torch.library.opcheck(backward.default, (dy, x, h, A_P, *layer_of, *pair, *dropout, None, [True] * 3))
+    for leaf in (x, call["lora_A"], call["lora_B"]):
+        leaf.requires_grad_()
+    torch.library.opcheck(forward.default, (x, *layer_of, None, *pair, *dropout, None))
 
 
 def test_compiled_as_a_full_graph(launched):
