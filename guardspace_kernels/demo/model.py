@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .data import MODEL, DemoData, cache_dir
+from .data import MODEL, DemoData, cache_dir, fetch
 from .evaluate import generate
 from .prompts import REFUSALS
 from .training import Example, encode_answer, encode_prompt, train
@@ -76,10 +76,11 @@ def _key(*parts: Any) -> str:
 
 
 def converted_model() -> Path:
-    """Folder of the model as an ordinary bfloat16 checkpoint, converted from the GGUF file on first use."""
+    """Folder of the model as an ordinary bfloat16 checkpoint, downloaded as GGUF and converted on first use."""
     target = cache_dir() / "models" / f"smollm2-135m-instruct-{MODEL.version}-{_key(CHAT_TEMPLATE)}"
     if (target / "config.json").is_file():
         return target
+    fetch([MODEL])
     source = MODEL.path()
 
     def write(folder: Path) -> None:
