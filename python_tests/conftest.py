@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -9,6 +10,11 @@ import setuptools  # noqa: F401  # before distutils is, or torch's inductor cann
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._device import _device_constructors
+
+# Before Triton is imported, be it by torch: its own functions are interpreted too, or cannot be called by what is. On a
+# machine with a GPU the kernels run there; the interpreter's tests then take a run with this set from outside.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _device_constructors()  # remembered: torch.device("meta") must know torch.empty itself, not the one poisoned below
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(importlib.util.find_spec("ttsem") is None, reason="ttsem is not installed; .ci/run installs it")
 def test_the_suite_passes_under_ttsem():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
     arguments = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-n", "0", "python_tests/ttsem_suite.py"]
     done = subprocess.run(
         [sys.executable, "-m", "ttsem.sanitize", "pytest", *arguments],

@@ -33,6 +33,7 @@ from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tens
 from guardspace_kernels.guard.layers import (
     ModelFingerprint,
     find_layers,
+    is_conv1d,
     is_sharded,
     linear_weight,
     tensor_fingerprint,
@@ -114,7 +115,6 @@ class _Collector:
         self.input_of: dict[str, _Input] = {}
         self.mask = self.counted = self.first = torch.empty(0)
         self.real: torch.Tensor | None = None  # indices of the real tokens, where there are others
-        self.place = torch.empty(0)  # of every token, the real one whose output it gets
         self.latest: tuple[torch.Tensor, int, torch.Tensor] | None = None  # an input, its version, its real rows
         self.batch = 0
         self.called: list[str] = []
@@ -125,18 +125,20 @@ class _Collector:
         """Within the context every forward of a layer counts; hooks go whatever happens.
 
         All guarded layers multiply real tokens only, whichever of them are collected, since the bits of a product
-        depend on its number of rows; but those whose input is not (prompts, tokens, d), such as experts.
+        depend on its number of rows; but those whose input is not (prompts, tokens, d), such as experts, and those of
+        classes with a forward of their own.
         """
         self.mask, self.real, self.called = mask, None, []
         first, flat = first_tokens(mask)[mask], mask.flatten()
         self.first, self.counted = first.nonzero().flatten(), ~first
         if not flat.all():
             self.real = flat.nonzero().flatten()
-            self.place = (flat.cumsum(dim=0) - 1).clamp_min(0)
         handles = []
         for name, module in self.guarded.items():
-            handles.append(module.register_forward_pre_hook(self._hook(name)))
-            if self.real is not None:
+            plain = type(module).forward is nn.Linear.forward or is_conv1d(module)
+            cut = plain and self.real is not None
+            handles.append(module.register_forward_pre_hook(self._hook(name, cut)))
+            if cut:
                 # Before the hooks of others, which are used to the whole output.
                 handles.append(module.register_forward_hook(self._whole, prepend=True))
         try:
@@ -147,7 +149,7 @@ class _Collector:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, name: str, cut: bool) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not args:
                 raise TypeError(f"layer {name} is called with keywords alone; leave it out of target_modules")
@@ -155,7 +157,7 @@ class _Collector:
                 self.called.append(name)
                 self.see(name, args[0])
                 self.arrived(name)
-            if self.real is None or args[0].shape[:-1] != self.mask.shape:
+            if not cut or args[0].shape[:-1] != self.mask.shape:
                 return None
             return (self.rows_of(args[0]), *args[1:])
 
@@ -171,15 +173,24 @@ class _Collector:
         return self.latest[2]
 
     def once(self, model: nn.Module) -> bool:
-        """Whether the last forward called every layer once: one like it may end where the last of them is reached,
-        unless sharded modules run collectives that every process must reach."""
-        return sorted(self.called) == sorted(self.layers) and not is_sharded(model)
+        """Whether the last forward called every layer once: one like it may end where the last of them is reached.
 
-    def _whole(self, _module: nn.Module, args: tuple[Any, ...], result: torch.Tensor) -> torch.Tensor | None:
-        """Padding gets the output of a real token: nothing reads it, but zeros, or garbage, might become NaN."""
+        Not with experts, which may be called more often, or not at all, for other prompts, nor where sharded modules
+        run collectives that every process must reach.
+        """
+        experts = (*self.routing.containers, *self.routing.flat)
+        routed = any(name.startswith(experts) for name in self.layers)
+        return sorted(self.called) == sorted(self.layers) and not routed and not is_sharded(model)
+
+    def _whole(self, module: nn.Module, args: tuple[Any, ...], result: torch.Tensor) -> torch.Tensor | None:
+        """Padding gets the output of zeros: those that mix tokens otherwise than by attention set it to zero first."""
         if self.latest is None or args[0] is not self.latest[2]:
             return None
-        return result.index_select(0, self.place.to(result.device)).reshape(*self.mask.shape, -1)
+        assert self.real is not None
+        whole = result.new_zeros(self.mask.numel(), result.shape[-1])
+        if isinstance(module.bias, torch.Tensor) and not module.bias.is_meta:
+            whole += module.bias
+        return whole.index_copy_(0, self.real.to(result.device), result).reshape(*self.mask.shape, -1)
 
     def arrived(self, name: str) -> None:
         """Ends the forward if it was the last thing to wait for."""
@@ -529,8 +540,8 @@ def collect_statistics(
 ) -> CalibrationStatistics:
     """One pass over safety-triggering prompts: ``C = Xᵀ X`` of the input of every guarded layer.
 
-    Padding never counts, on either side, and guarded layers do not compute it: at padding their output is that of a
-    real token. A forward ends where the last layer is reached if the first forward called each of them once. Layers
+    Padding never counts, on either side, and guarded layers do not compute it: at padding their output is that of
+    zeros. A forward ends where the last layer is reached if the first forward called each of them once. Layers
     that read the same tensor (q/k/v, gate/up) share one covariance. The first real token of each prompt, the attention
     sink, whose input can dwarf all others and is the same in every prompt, is kept out of C; its distinct inputs are
     kept apart and will be protected as directions of their own.

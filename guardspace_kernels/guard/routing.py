@@ -32,15 +32,12 @@ class _Call:
 
     @cached_property
     def table(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of the distinct rows: (hashes, ascending; a place of each; real, if one of its places is; first, if all of
-        its real places are)."""
+        """Of the distinct rows: (hashes, ascending; a place of each; how many of its places are real; and first)."""
         assert self.real is not None and self.first is not None
         hashes, which = torch.unique(_hashes(self.rows), return_inverse=True)
         place = torch.empty_like(hashes).scatter_(0, which, torch.arange(len(which), device=which.device))
-        real, later = (
-            torch.zeros_like(hashes).index_add(0, which, of.long()) > 0 for of in (self.real, self.real & ~self.first)
-        )
-        return hashes, place, real, real & ~later
+        real, first = (torch.zeros_like(hashes).index_add(0, which, of.long()) for of in (self.real, self.first))
+        return hashes, place, real, first
 
     def find(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(real, first) of rows that are all among this call's, else None."""
@@ -48,7 +45,10 @@ class _Call:
             return None
         hashes, place, real, first = self.table
         at = torch.searchsorted(hashes, _hashes(rows)).clamp_max(len(hashes) - 1)
-        return (real[at], first[at]) if torch.equal(self.rows[place[at]], rows) else None
+        if not torch.equal(self.rows[place[at]], rows):
+            return None
+        times = _times_before(at)
+        return times < real[at], times < first[at]
 
 
 def _bits(rows: torch.Tensor) -> torch.Tensor:
@@ -66,12 +66,21 @@ def _hashes(rows: torch.Tensor) -> torch.Tensor:
     return (rows.long() * weights.to(rows.device)).sum(dim=1)
 
 
+def _times_before(values: torch.Tensor) -> torch.Tensor:
+    """How often each value stands before its place."""
+    order = values.argsort(stable=True)
+    ascending = values[order]
+    places = torch.arange(len(values), device=values.device)
+    return torch.empty_like(places).scatter_(0, order, places - torch.searchsorted(ascending, ascending))
+
+
 class Routing:
     """Tells which tokens a layer reads, within :meth:`watching`.
 
     An input whose leading dimensions are those of the mask holds its tokens in its order. An expert is called with some
-    rows (n, d) of what the module around it was called with: they are found there bit by bit, equal rows being
-    interchangeable (real if one of them is, first if all real ones are). What is read further inside and is no copy,
+    rows (n, d) of what the module around it was called with: they are found there bit by bit. Equal rows
+    are interchangeable: a router sends them to the same experts, where as many count as real, or first, as there are
+    real, or first, ones (padding may equal the last token of its prompt). What is read further inside and is no copy,
     such as the input of an expert's down projection, has the rows of the expert, in their order.
 
     Attributes:
@@ -147,7 +156,8 @@ class Routing:
             found = None if same else around.find(call.rows)
             container = call.name[: call.name.rfind(".") + 1]
             if found is not None:
-                self.containers.add(container)
+                if container:  # not the whole model, for a layer that reads the last token, say
+                    self.containers.add(container)
                 call.real, call.first = found
             elif len(x) == len(around.real):
                 # Prompts flattened to rows keep their order; (tokens, prompts, d), for instance, would not.

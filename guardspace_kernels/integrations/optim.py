@@ -233,9 +233,11 @@ class GuardedAdamW(torch.optim.Optimizer):
             guarded = [p for p in trained if p in self._projectors]
             others = [p for p in trained if p not in self._projectors]
             (beta1, beta2), settings = group["betas"], {name: group[name] for name in ("lr", "eps", "weight_decay")}
-            if others:
-                params, grads, exp_avgs, exp_avg_sqs, steps = self._lists(others)
-                on_gpu = all(p.device.type == "cuda" for p in others)
+            for on_gpu in (True, False):
+                mine = [p for p in others if p.is_cuda == on_gpu]
+                if not mine:
+                    continue
+                params, grads, exp_avgs, exp_avg_sqs, steps = self._lists(mine)
                 adamw(
                     params, grads, exp_avgs, exp_avg_sqs, [], steps, foreach=not on_gpu, fused=on_gpu, amsgrad=False,
                     beta1=beta1, beta2=beta2, maximize=False, **settings,

@@ -17,8 +17,12 @@ AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Defines an op whose ``kernel`` serves every device and whose ``fake`` gives shapes only."""
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], *, keeps_memory: bool = False) -> None:
+    """Defines an op whose ``kernel`` serves every device and whose ``fake`` gives shapes only.
+
+    ``keeps_memory``: it keeps memory on a GPU from call to call, so that inductor must leave it out of CUDA graphs that
+    it makes.
+    """
     name = schema[: schema.index("(")]
 
     def outside_autocast(*args: Any) -> Any:
@@ -26,7 +30,8 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
             return kernel(*args)
 
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    unsafe = (torch.Tag.cudagraph_unsafe,) if keeps_memory and hasattr(torch.Tag, "cudagraph_unsafe") else ()
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *unsafe))
     LIBRARY.impl(name, outside_autocast, "CompositeExplicitAutograd")
     torch.library.register_fake(f"guardspace::{name}", fake, lib=LIBRARY)
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -23,6 +23,9 @@ from guardspace_kernels.ops._triton_table import GROUP, KERNELS, Row, rows_for
 _TABLES: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
 _MOST_TABLES = 256
 _CAPTURED: list[torch.Tensor] = []  # graphs read these as long as they live
+# Pinned memory cannot be had while a graph is captured: this much is set aside for the tables of captures.
+_SPARE: list[torch.Tensor] = []
+_SPARES, _WIDEST = 32, max(len(kernel.arguments) for kernel in KERNELS.values())
 
 
 def launch(function: Any, row: Row, grid: int | tuple[int, ...], arguments: dict[str, Any], **variant: Any) -> None:
@@ -32,8 +35,7 @@ def launch(function: Any, row: Row, grid: int | tuple[int, ...], arguments: dict
         raise AssertionError(f"{row.kernel}: called with {list(arguments)} and {variant}, unlike the table")
     grid = (grid,) if isinstance(grid, int) else grid
     if all(grid):
-        device = _device(arguments)
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton asks for the current one
+        with _current(_device(arguments)):  # Triton asks for the current one
             function[grid](**arguments, **variant, **row.constants, num_warps=row.warps, num_stages=row.stages)
 
 
@@ -70,11 +72,13 @@ def _launch_group(
         sent = table(numbers, _device(first))
     if sent is not None:
         total = sum(programs for _, programs, _ in items)
-        launch(function, row, total, {**first, "TABLE": sent, "n": len(items), **shared}, GROUPED=True, ALIGNED=well)
+        # Triton compiles anew for sizes of another kind, of the first item too, although they are not read.
+        unread = {name: value if isinstance(value, torch.Tensor) else 0 for name, value in first.items()}
+        launch(function, row, total, {**unread, "TABLE": sent, "n": len(items), **shared}, GROUPED=True, ALIGNED=well)
         return
     for row, programs, item in items:
-        unread = torch.empty(0, dtype=torch.int64, device=_device(item))
-        launch(function, row, programs, {**item, "TABLE": unread, "n": 0, **shared}, GROUPED=False, ALIGNED=False)
+        no_table = torch.empty(0, dtype=torch.int64, device=_device(item))
+        launch(function, row, programs, {**item, "TABLE": no_table, "n": 0, **shared}, GROUPED=False, ALIGNED=False)
 
 
 def _number(value: Any) -> int:
@@ -83,6 +87,10 @@ def _number(value: Any) -> int:
 
 def _device(item: dict[str, Any]) -> torch.device:
     return next(value.device for value in item.values() if isinstance(value, torch.Tensor))
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def choose(
@@ -107,11 +115,12 @@ def choose(
         by_key = {row.key: row for row in rows}
         if known.get(name) in by_key:
             return by_key[known[name]]
-        if not torch.cuda.is_current_stream_capturing():
-            best = min(rows, key=lambda row: _seconds(lambda: trial(row)))
-            known[name] = best.key
-            _write_choices(torch.cuda.get_device_name(device), known)
-            return best
+        with _current(device):
+            if not torch.cuda.is_current_stream_capturing():
+                best = min(rows, key=lambda row: _seconds(lambda: trial(row)))
+                known[name] = best.key
+                _write_choices(torch.cuda.get_device_name(device), known)
+                return best
     return next(row for row in rows if all(size >= least for size, least in zip(sizes, row.least, strict=False)))
 
 
@@ -154,22 +163,49 @@ def _write_choices(device_name: str, choices: dict[str, str]) -> None:
 def table(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor | None:
     """(n, columns) int64 on the device: pointers, sizes and strides of n items that one launch serves.
 
-    The same numbers are sent once: parameters and their gradients stay where they are from step to step. None while
-    a CUDA graph is captured, if these have not been sent before: its replays would copy from memory that is gone.
+    The same numbers are sent once: parameters and their gradients stay where they are from step to step. While a CUDA
+    graph is captured, new ones are sent from memory that was set aside when the first table was, and stays, since
+    every replay sends them again; None if there is none left.
     """
+    if device.type != "cuda":
+        return _kept(rows, device, lambda host: host)
+    with _current(device):
+        if torch.cuda.is_current_stream_capturing():
+            return _captured(rows, device)
+        while len(_SPARE) < _SPARES:
+            _SPARE.append(torch.empty(GROUP * _WIDEST, dtype=torch.int64).pin_memory())
+        sent = _kept(rows, device, lambda host: host.pin_memory().to(device, non_blocking=True))
+        sent.record_stream(torch.cuda.current_stream(device))
+        return sent
+
+
+def _kept(
+    rows: Sequence[Sequence[int]], device: torch.device, send: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     key = (device, *map(tuple, rows))
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if key not in _TABLES and not capturing:
-        host = torch.tensor(rows, dtype=torch.int64)
-        _TABLES[key] = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-        if len(_TABLES) > _MOST_TABLES:
-            _TABLES.popitem(last=False)
-    found = _TABLES.get(key)
-    if found is not None:
-        _TABLES.move_to_end(key)
-        if capturing:
-            _CAPTURED.append(found)
+    found = _TABLES.pop(key, None)
+    _TABLES[key] = found = send(torch.tensor(rows, dtype=torch.int64)) if found is None else found
+    if len(_TABLES) > _MOST_TABLES:
+        _TABLES.popitem(last=False)
     return found
+
+
+def _captured(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor | None:
+    found = _TABLES.get((device, *map(tuple, rows)))
+    if found is not None:
+        _CAPTURED.append(found)
+        return found
+    if not _SPARE:
+        return None
+    numbers = torch.tensor(rows, dtype=torch.int64)
+    host = _SPARE.pop()[: numbers.numel()].view(numbers.shape).copy_(numbers)
+    _CAPTURED.append(host)
+    return torch.empty(host.shape, dtype=torch.int64, device=device).copy_(host, non_blocking=True)
+
+
+def blocks(n: int, size: int) -> int:
+    """``triton.cdiv``, which takes microseconds outside of a kernel."""
+    return -(-n // size)
 
 
 def unit_inner(t: torch.Tensor) -> torch.Tensor:

@@ -126,7 +126,7 @@ KERNELS = {
             "G": "*x", "A": "*x", "M": "*x", "V": "*x", "STEP": "*fp32", "BASIS": "*fp32", "r": "i32", "d": "i32",
             "k": "i32", "stride_g": "i64", "stride_a": "i64", "stride_m": "i64", "stride_v": "i64", "stride_b": "i64",
             "complement": "i32", "h": "i64", "TABLE": "*i64", "n": "i32", "H": "*fp32", "lr": "fp32", "decay": "fp32",
-            "eps": "fp32", "beta1": "fp32", "beta2": "fp32", "log_beta1": "fp32", "log_beta2": "fp32",
+            "eps": "fp32", "rest1": "fp32", "rest2": "fp32", "log_beta1": "fp32", "log_beta2": "fp32",
         },
         dtypes=("fp32", "fp16", "bf16"),
         aligned=("G", "A", "M", "V", "d", "stride_g", "stride_a", "stride_m", "stride_v", "h", "TABLE", "H"),

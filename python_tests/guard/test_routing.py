@@ -201,7 +201,7 @@ def looked_up(mask, x, picked, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_equal_rows_are_real_if_one_is_and_first_if_all_real_ones_are(dtype):
+def test_equal_rows_count_as_often_as_their_places_are_real_and_first(dtype):
     a, b, c, pad = [1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]
     mask = [[0, 1, 1, 1], [0, 0, 1, 1]]  # the first ones are a and b
     x = [[b, a, c, b], [pad, c, b, a]]  # b: padding, first, later. c: padding and later. a: first and later
@@ -209,9 +209,9 @@ def test_equal_rows_are_real_if_one_is_and_first_if_all_real_ones_are(dtype):
     def rows_of(*places):
         return looked_up(mask, x, lambda x: x.reshape(-1, 2)[list(places)], dtype)
 
-    assert rows_of(4, 2, 5, 0) == [[False, True, True, True], [False, False, False, False]]
+    assert rows_of(4, 2, 5, 0) == [[False, True, False, True], [False, False, False, True]]
     x = [[b, a, c, c], [pad, a, b, c]]  # a: padding and first. b: padding and first
-    assert rows_of(1, 5, 0, 6, 4, 3) == [[True] * 4 + [False, True], [True] * 4 + [False, False]]
+    assert rows_of(1, 5, 0, 6, 4, 3) == [[True, False, True, False, False, True], [True, False, True] + [False] * 3]
     assert rows_of() == [[], []]
 
 

@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from guard_helpers import (
     MODELS,
     PROMPTS,
@@ -92,6 +93,40 @@ def test_guarded_layers_compute_real_tokens_only(kind, side):
         forward_batch(model, batch)
     for y, wanted in zip(collected, outputs, strict=True):
         assert relative_error(y[mask], wanted[mask]) < 1e-5
+
+
+def mixing_model(kind):
+    """Two layers, the first of which mixes tokens by a convolution or a recurrent state."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+    heads = {**sizes, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    linear = {f"linear_{what}": 2 if "num" in what else 16 for what in (
+        "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim",
+    )}  # fmt: skip
+    torch.manual_seed(0)
+    if kind == "lfm2":
+        layers = ["conv", "full_attention"]
+        config = transformers.Lfm2Config(**heads, layer_types=layers, block_auto_adjust_ff_dim=False)
+        return transformers.Lfm2ForCausalLM(config)
+    if kind == "mamba2":
+        state = {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "expand": 2, "chunk_size": 8}
+        return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes, **state))
+    layers = ["linear_attention", "full_attention"]
+    config = transformers.Qwen3_5TextConfig(**heads, **linear, head_dim=16, layer_types=layers)
+    return transformers.Qwen3_5ForCausalLM(config)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", ["lfm2", "mamba2", "qwen3_5"])
+def test_padding_leaves_no_trace_where_tokens_are_mixed_without_attention(kind, side):
+    model, lengths = mixing_model(kind).eval(), (9, 5)
+    singly = [{"input_ids": torch.randint(1, 64, (1, n)), "attention_mask": torch.ones(1, n).long()} for n in lengths]
+    padding = (4, 0) if side == "left" else (0, 4)
+    short = {key: torch.nn.functional.pad(value, padding) for key, value in singly[1].items()}
+    together = {key: torch.cat([singly[0][key], short[key]]) for key in short}
+    expected, stats = collect(model, singly), collect(model, [together])
+    for one, entry in zip(expected.inputs, stats.inputs, strict=True):
+        assert one.tokens == entry.tokens
+        assert relative_error(entry.covariance, one.covariance) < 1e-5
 
 
 def test_an_output_has_the_shape_of_its_flattened_input():

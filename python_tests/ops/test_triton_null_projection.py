@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -228,20 +228,45 @@ def test_the_least_recently_used_table_goes_first(launched, monkeypatch):
     assert launch.table([[2]], cpu) is not two
 
 
-def test_a_captured_graph_reads_no_new_table_and_keeps_the_old(launched, monkeypatch):
+def test_a_captured_graph_sends_new_tables_from_memory_that_stays(launched, monkeypatch):
     launch, _ = launched
-    capturing = [False]
+    capturing, pinned = [False], []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t)
     monkeypatch.setattr(torch.Tensor, "to", lambda t, *_, **__: t)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(launch, "_current", lambda _device: nullcontext())
     monkeypatch.setattr(launch, "_CAPTURED", [])
+    monkeypatch.setattr(launch, "_SPARE", [])
+    monkeypatch.setattr(launch, "_SPARES", 1)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, device=None, **kwargs: empty(*shape, **kwargs))
     device = torch.device("cuda", 0)
+    capturing[0] = True
+    assert launch.table([[1, 2]], device) is None  # nothing was set aside yet
+    capturing[0] = False
     sent = launch.table([[1, 2]], device)
     assert sent.tolist() == [[1, 2]] and launch._CAPTURED == []
     capturing[0] = True
-    assert launch.table([[3, 4]], device) is None
     assert launch.table([[1, 2]], device) is sent
-    assert len(launch._CAPTURED) == 1 and launch._CAPTURED[0] is sent
+    new = launch.table([[3, 4]], device)
+    assert new.tolist() == [[3, 4]]
+    kept, host = launch._CAPTURED
+    assert kept is sent and host.tolist() == [[3, 4]] and host.data_ptr() in {t.data_ptr() for t in pinned}
+    assert launch.table([[5, 6]], device) is None  # no more is left
+    assert len(launch._TABLES) == 1  # the graph's own memory is for its replays
+
+
+def test_a_grouped_kernel_is_not_compiled_for_the_sizes_of_the_first_item(launched, monkeypatch):
+    launch, _ = launched
+    seen = []
+    original = launch.launch
+    monkeypatch.setattr(
+        launch, "launch", lambda f, row, grid, given, **v: seen.append(given) or original(f, row, grid, given, **v)
+    )
+    project_list([(torch.randn(r, 16), orthonormal(16, 5, torch.float32), True) for r in (1, 3)])
+    assert [(given["r"], given["d"], given["k"], given["h"]) for given in seen] == [(0, 0, 0, 0)] * 2
 
 
 def test_without_a_table_every_item_is_launched_alone(launched, monkeypatch):
@@ -404,6 +429,16 @@ def test_bias_correction_is_exact_in_float32(beta1, beta2, step):
     lists = states([(3, 17, 4)], torch.float32, step)
     before = wider(lists, torch.float32)
     settings = {**SETTINGS, "beta1": beta1, "beta2": beta2, "eps": 0.1}
+    projected_adamw_(*lists, **settings)
+    assert_same_update(lists, before, settings)
+
+
+def test_the_first_step_of_adamw():
+    """Its moments are ``1 − beta`` times what float32 makes of the gradient: ``1 − 0.9999`` in float32 is 2e-4 off."""
+    params, grads, firsts, seconds, *rest = states([(3, 17, 4)], torch.float32, 1)
+    lists = [params, grads, [firsts[0].zero_()], [seconds[0].zero_()], *rest]
+    before = wider(lists, torch.float32)
+    settings = {**SETTINGS, "beta2": 0.9999}
     projected_adamw_(*lists, **settings)
     assert_same_update(lists, before, settings)
 

@@ -134,6 +134,7 @@ define(
     "covariance_update_list_(Tensor(a!)[] covariance, Tensor[] x, Tensor?[] mask, float scale=1.0) -> ()",
     _update_list,
     _check_update_list,
+    keeps_memory=True,
 )
 define("symmetrize_(Tensor(a!) covariance) -> ()", _symmetrize, _symmetrize_fake)
 define("squared_drift(Tensor covariance, Tensor F, Tensor G) -> Tensor", _squared_drift, _squared_drift_fake)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from guardspace_kernels.ops._library import rows, written
-from guardspace_kernels.ops._triton_launch import choose, launch, launch_items, locate, unit_inner
+from guardspace_kernels.ops._triton_launch import blocks, choose, launch, launch_items, locate, unit_inner
 from guardspace_kernels.ops._triton_table import Row
 from guardspace_kernels.ops.covariance.reference import Update, squared_drift  # noqa: F401  # few products: as it is
 
@@ -131,12 +131,12 @@ def mirror(C, d, stride_c, BLOCK: tl.constexpr):
 
 
 def _tiles(d: int, block: int) -> int:
-    blocks = triton.cdiv(d, block)
-    return blocks * (blocks + 1) // 2
+    high = blocks(d, block)
+    return high * (high + 1) // 2
 
 
 def _up(n: int) -> int:
-    return triton.cdiv(n, 16) * 16
+    return blocks(n, 16) * 16
 
 
 def _aligned(t: torch.Tensor, height: int) -> torch.Tensor:

@@ -128,6 +128,7 @@ define(
     "null_project_list_(Tensor(a!)[] g, Tensor[] basis, bool[] complement) -> ()",
     _project_list,
     _check_list,
+    keeps_memory=True,
 )
 define(
     "projected_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
@@ -135,6 +136,7 @@ define(
     "float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
     _adamw,
     _adamw_fake,
+    keeps_memory=True,
 )
 _project_op = torch.ops.guardspace.null_project_.default
 _project_list_op = torch.ops.guardspace.null_project_list_.default

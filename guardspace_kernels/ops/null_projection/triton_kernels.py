@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from guardspace_kernels.ops._library import rows, written
-from guardspace_kernels.ops._triton_launch import choose, launch_items, locate, unit_inner
+from guardspace_kernels.ops._triton_launch import blocks, choose, launch_items, locate, unit_inner
 from guardspace_kernels.ops._triton_table import Row
 from guardspace_kernels.ops.null_projection.reference import Projection, Update
 
@@ -110,7 +110,7 @@ def _bias_correction(step, log_beta):
 @triton.jit
 def adamw_from_basis(
     G, A, M, V, STEP, BASIS, r, d, k, stride_g, stride_a, stride_m, stride_v, stride_b, complement, h, TABLE, n, H,
-    lr, decay, eps, beta1, beta2, log_beta1, log_beta2,
+    lr, decay, eps, rest1, rest2, log_beta1, log_beta2,
     GROUPED: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -140,8 +140,8 @@ def adamw_from_basis(
         g = tl.load(G + i * stride_g + m, mask=inside, other=0.0).to(tl.float32) - g
     first = tl.load(M + i * stride_m + m, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(V + i * stride_v + m, mask=inside, other=0.0).to(tl.float32)
-    first += (1 - beta1) * (g - first)
-    second = beta2 * second + (1 - beta2) * g * g
+    first += rest1 * (g - first)  # 1 − beta, which float32 would round
+    second += rest2 * (g * g - second)
     tl.store(M + i * stride_m + m, first.to(M.dtype.element_ty), mask=inside)
     tl.store(V + i * stride_v + m, second.to(V.dtype.element_ty), mask=inside)
     step = tl.load(STEP)
@@ -158,14 +158,14 @@ def _rows(kernel: str, matrices: list[torch.Tensor]) -> list[Row]:
 
 
 def _programs(row: Row, r: int, block: str, size: int) -> int:
-    return triton.cdiv(r, row.constants["BLOCK_R"]) * triton.cdiv(size, row.constants[block])
+    return blocks(r, row.constants["BLOCK_R"]) * blocks(size, row.constants[block])
 
 
 def _onto_bases(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, list[int]]:
     """``H = G basis`` of all pairs, one after the other, and where each begins."""
     chosen = _rows("null_projection.onto_basis", [g for g, _ in pairs])
     programs = [_programs(row, g.shape[0], "BLOCK_K", b.shape[1]) for row, (g, b) in zip(chosen, pairs, strict=True)]
-    blocks_d = max(triton.cdiv(g.shape[1], row.constants["BLOCK_D"]) for row, (g, _) in zip(chosen, pairs, strict=True))
+    blocks_d = max(blocks(g.shape[1], row.constants["BLOCK_D"]) for row, (g, _) in zip(chosen, pairs, strict=True))
     slices = max(1, min(_MOST_SLICES, blocks_d, _PROGRAMS // max(1, sum(programs))))
     items, offsets, offset = [], [], 0
     for row, count, (g, basis) in zip(chosen, programs, pairs, strict=True):
@@ -176,7 +176,7 @@ def _onto_bases(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.T
         }  # fmt: skip
         items.append((row, count * slices, item))
         offsets.append(offset)
-        offset += triton.cdiv(r * k, 16) * 16
+        offset += blocks(r * k, 16) * 16
     H = torch.empty((slices, offset), dtype=torch.float32, device=pairs[0][0].device)
     launch_items(onto_basis, items, {"H": H, "slices": slices, "stride_h": offset})
     return H[0] if slices == 1 else H.sum(0), offsets
@@ -215,8 +215,8 @@ def _adamw(updates: list[Update], flats: list[list[torch.Tensor]]) -> None:
         }  # fmt: skip
         launches.append((row, _programs(row, r, "BLOCK_D", d), item))
     lr, beta1, beta2, eps, weight_decay = updates[0].settings
-    shared: dict[str, Any] = {"H": H, "lr": lr, "decay": 1 - lr * weight_decay, "eps": eps, "beta1": beta1}
-    shared |= {"beta2": beta2, "log_beta1": _log(beta1), "log_beta2": _log(beta2)}
+    shared: dict[str, Any] = {"H": H, "lr": lr, "decay": 1 - lr * weight_decay, "eps": eps}
+    shared |= {"rest1": 1 - beta1, "rest2": 1 - beta2, "log_beta1": _log(beta1), "log_beta2": _log(beta2)}
     launch_items(adamw_from_basis, launches, shared)
 
 
@@ -232,6 +232,7 @@ def _write_back(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 def null_project_(projections: list[Projection]) -> None:
+    projections = [projection for projection in projections if projection[0].numel()]
     if len({g.data_ptr() for g, *_ in projections}) < len(projections):  # one matrix twice: one after the other
         for projection in projections:
             null_project_([projection])

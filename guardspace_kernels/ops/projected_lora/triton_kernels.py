@@ -16,7 +16,7 @@ import triton.language as tl
 
 from guardspace_kernels.ops._library import rows
 from guardspace_kernels.ops._triton import target
-from guardspace_kernels.ops._triton_launch import choose, launch, unit_inner
+from guardspace_kernels.ops._triton_launch import blocks, choose, launch, unit_inner
 from guardspace_kernels.ops._triton_table import Row, rows_for
 from guardspace_kernels.ops.null_projection.triton_kernels import project
 from guardspace_kernels.ops.projected_lora import reference
@@ -150,11 +150,6 @@ def outer(
 linear_float32, down_float32, outer_float32 = linear, down, outer
 
 
-def _blocks(n: int, size: int) -> int:
-    """``triton.cdiv``, which takes microseconds outside of a kernel."""
-    return -(-n // size)
-
-
 def _name(kernel: str, x: torch.Tensor) -> str:
     return f"projected_lora.{kernel}_float32" if x.dtype == torch.float32 else f"projected_lora.{kernel}"
 
@@ -215,20 +210,22 @@ def _linear(
     kernel, chip = _name("linear", x), target(x.device)
     assert chip is not None
     dropout = dropout or _dropout(0.0, None, x.device)
-    blocks = _blocks(T, 128) * _blocks(N, 128)
+    tiles = blocks(T, 128) * blocks(N, 128)
 
     def form(row: Row) -> torch.Tensor:
         if row.constants:
             return _tiles(row, x, weight, bias, h, up, x.new_empty((T, N)), dropped, dropout)
-        y = F.linear(x, weight, bias).addmm_(h[:, dropped:], up[dropped:])
+        y = F.linear(x, weight, bias)
+        if dropped < len(up):
+            y.addmm_(h[:, dropped:], up[dropped:])
         if dropped:
-            row = choose(kernel, x.device, (0, blocks))
+            row = choose(kernel, x.device, (0, tiles))
             _tiles(row, x[:, :0], weight[:, :0], None, h[:, :dropped], up[:dropped], y, dropped, dropout, add=True)
         return y
 
     least = (_library_from(x.dtype, chip),) if T >= _FEW else ()
     library = Row(kernel, (chip,), {}, warps=0, stages=0, least=least)
-    return form(choose(kernel, x.device, (K, blocks, T), form, (library, *rows_for(kernel, chip))))
+    return form(choose(kernel, x.device, (K, tiles, T), form, (library, *rows_for(kernel, chip))))
 
 
 def _tiles(
@@ -252,7 +249,7 @@ def _tiles(
         "stride_w": w.stride(0), "stride_h": h.stride(0), "stride_up": up.stride(0), "stride_y": y.stride(0),
         "biased": int(bias is not None), "add": int(add), "threshold": dropout.threshold, "factor": dropout.factor,
     }  # fmt: skip
-    programs = _blocks(T, row.constants["BLOCK_T"]) * _blocks(N, row.constants["BLOCK_N"])
+    programs = blocks(T, row.constants["BLOCK_T"]) * blocks(N, row.constants["BLOCK_N"])
     launch(linear, row, programs, arguments, ROWS=by_rows)
     return y
 
@@ -263,12 +260,12 @@ def _down(
     """``drop(x) wᵀ`` in x's dtype. Given h, without dropout, and what adds up to ``hᵀ x`` by blocks of tokens."""
     (T, d), R, r = x.shape, w.shape[0], 0 if h is None else h.shape[1]
     row = choose(_name("down", x), x.device)
-    blocks = _blocks(T, row.constants["BLOCK_T"])
-    programs = blocks * _blocks(R, row.constants["BLOCK_R"])
-    most = min(_MOST_SLICES, _blocks(d, row.constants["BLOCK_D"]))
+    high = blocks(T, row.constants["BLOCK_T"])
+    programs = high * blocks(R, row.constants["BLOCK_R"])
+    most = min(_MOST_SLICES, blocks(d, row.constants["BLOCK_D"]))
     slices = max(1, min(most, _PROGRAMS // max(1, programs)))
     H = x.new_empty((slices, T, R), dtype=torch.float32)
-    OUT = x.new_empty((blocks, r, d), dtype=torch.float32)
+    OUT = x.new_empty((high, r, d), dtype=torch.float32)
     e = x if h is None else h
     arguments = {
         "X": x, "DOWN": w, "E": e, "H": H, "OUT": OUT, "SEED": dropout.seed, "T": T, "d": d, "R": R, "r": r,
@@ -283,7 +280,7 @@ def _outer(e: torch.Tensor, x: torch.Tensor, dropout: _Dropout | None = None) ->
     """``eᵀ drop(x)`` (r, d) in float32."""
     (T, d), r = x.shape, e.shape[1]
     row = choose(_name("outer", x), x.device)
-    programs = _blocks(r, row.constants["BLOCK_R"]) * _blocks(d, row.constants["BLOCK_D"])
+    programs = blocks(r, row.constants["BLOCK_R"]) * blocks(d, row.constants["BLOCK_D"])
     slices = max(1, min(_PROGRAMS // max(1, programs), T // _LEAST_TOKENS))
     OUT = x.new_empty((slices, r, d), dtype=torch.float32)
     drops = dropout is not None and dropout.threshold > 0
