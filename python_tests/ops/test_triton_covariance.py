@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -395,6 +396,7 @@ def test_autotuning_writes_to_scratch_memory_only(monkeypatch, tmp_path):
     monkeypatch.setattr(_triton_launch, "_seconds", seconds)
     monkeypatch.setattr(_triton_launch, "target", lambda device: "sm90")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H")
+    monkeypatch.setattr(_triton_launch, "_current", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(kernels, "choose", choose)
     _triton_launch._choices.cache_clear()

@@ -337,6 +337,7 @@ def test_the_quickest_row_is_remembered_in_a_file(launched, monkeypatch, tmp_pat
     monkeypatch.setattr(_triton_table, "ROWS", ROWS)
     monkeypatch.setattr(launch, "target", lambda device: "sm80")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(launch, "_current", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("GUARDSPACE_AUTOTUNE", "1")
