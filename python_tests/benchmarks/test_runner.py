@@ -144,9 +144,10 @@ def fake_events(monkeypatch):
     return waits
 
 
-def test_a_gpu_is_timed_by_events_after_its_cache_is_flushed(fake_events):
-    clock = timing.CudaClock(timing.CPU)
+def test_a_gpu_is_timed_by_events_after_its_cache_is_flushed(fake_events, monkeypatch):
+    clock, slept = timing.CudaClock(timing.CPU), []
     assert clock.flush.nbytes == 2**28
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
 
     def run():
         assert not clock.flush.any()
@@ -155,6 +156,7 @@ def test_a_gpu_is_timed_by_events_after_its_cache_is_flushed(fake_events):
 
     assert clock(run, 3) == 0.25
     assert len(fake_events) == 1  # all calls are queued before anything is waited for
+    assert len(slept) == 3  # before each call, for Python to get ahead
 
 
 def test_cases_are_measured_by_the_clock_of_the_device(fake_events, case, monkeypatch):
