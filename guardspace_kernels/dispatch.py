@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 #: Backends in order of preference. ``reference`` is plain PyTorch, accepts everything, and is the oracle of the tests.
-BACKENDS = ("cuda", "triton", "cpu", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "reference")
 OPS = ("covariance", "projected_lora", "null_projection")
 
 Accepts = Callable[..., tuple[bool, str]]

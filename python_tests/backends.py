@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import cuda_on_cpu
 import pytest
 import torch
 
 import guardspace_kernels as gk
 from guardspace_kernels import dispatch
-from guardspace_kernels.ops import _triton, covariance_update_
+from guardspace_kernels.ops import _cuda, _triton, covariance_update_
 from guardspace_kernels.ops._cpu import extension
 
 #: All that this CPU has; only the one that GUARDSPACE_ISA names, where it is set.
@@ -55,6 +58,24 @@ def triton_kernels(monkeypatch) -> None:
     importlib.import_module("triton_sanitizer").watch(monkeypatch)
     monkeypatch.setattr(dispatch, "BACKENDS", ("triton", "reference"))
     monkeypatch.setattr(_triton, "devices", {"cpu"})
+
+
+@pytest.fixture(params=cuda_on_cpu.SCHEDULES[:2], ids="schedule {}".format)
+def cuda_kernels(request, monkeypatch) -> ctypes.CDLL:
+    """The CUDA kernels for what they accept, compiled for the CPU, under two schedules of warps; else the reference."""
+    if reason := cuda_on_cpu.why_not():
+        pytest.skip(reason)
+    loaded = cuda_on_cpu.kernels()
+    loaded.shim_set_schedule(request.param)
+    for name, value in {"library": loaded, "devices": {"cpu"}, "no_driver": lambda: ""}.items():
+        monkeypatch.setattr(_cuda, name, value)
+    for op in filter(lambda op: importlib.util.find_spec(f"guardspace_kernels.ops.{op}.cuda_kernels"), dispatch.OPS):
+        module = importlib.import_module(f"guardspace_kernels.ops.{op}.cuda_kernels")
+        entries = dispatch._registry[op, "reference"].functions
+        functions = {entry: getattr(module, entry) for entry in entries}
+        monkeypatch.setitem(dispatch._registry, (op, "cuda"), dispatch.Implementation(functions, module.accepts))
+    monkeypatch.setattr(dispatch, "BACKENDS", ("cuda", "reference"))
+    return loaded
 
 
 automatic = pytest.mark.parametrize("backend", ["automatic"], indirect=True)

@@ -243,11 +243,11 @@ def test_status_lists_every_pair(fake):
 def test_unknown_names_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"op must be one of \('covariance', .*got 'attention'"):
         dispatch.register("attention", "cpu")
-    with pytest.raises(ValueError, match=r"backend must be one of \('cuda', .*got 'tpu'"):
+    with pytest.raises(ValueError, match=r"backend must be one of \('triton', .*got 'tpu'"):
         dispatch.register("covariance", "tpu")
     with pytest.raises(ValueError, match=r"op must be one of \('covariance', .*got 'attention'"):
         dispatch.unavailable("attention", "cpu", "")
-    with pytest.raises(ValueError, match=r"backend must be one of \('cuda', .*got 'tpu'"):
+    with pytest.raises(ValueError, match=r"backend must be one of \('triton', .*got 'tpu'"):
         dispatch.unavailable("covariance", "tpu", "")
     with pytest.raises(ValueError, match=r"name must be 'auto' or one of \('cuda', .*got 'tpu'"), gk.use_backend("tpu"):
         pass

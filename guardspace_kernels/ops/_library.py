@@ -64,6 +64,11 @@ def rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
+def unit_inner(t: torch.Tensor) -> torch.Tensor:
+    """The matrix itself if its rows are contiguous, else a copy."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
 def written(*tensors: torch.Tensor) -> None:
     """Tells autograd that a kernel wrote to these: it would not notice a write through a pointer."""
     torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])

@@ -208,11 +208,6 @@ def blocks(n: int, size: int) -> int:
     return -(-n // size)
 
 
-def unit_inner(t: torch.Tensor) -> torch.Tensor:
-    """The matrix itself if its rows are contiguous, else a copy."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
 _MOST = tl.constexpr(GROUP)
 
 

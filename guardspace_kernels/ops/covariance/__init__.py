@@ -16,7 +16,7 @@ from guardspace_kernels.ops._library import (
     require_same_device,
     shape,
 )
-from guardspace_kernels.ops.covariance import cpu_kernels, reference  # noqa: F401  # the import registers them
+from guardspace_kernels.ops.covariance import cpu_kernels, cuda_kernels, reference  # noqa: F401  # the import registers them
 
 __all__ = ["covariance_update_", "squared_drift", "symmetrize_"]
 

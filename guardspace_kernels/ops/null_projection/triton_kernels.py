@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from guardspace_kernels.ops._library import rows, written
-from guardspace_kernels.ops._triton_launch import blocks, choose, launch_items, locate, unit_inner
+from guardspace_kernels.ops._library import rows, unit_inner, written
+from guardspace_kernels.ops._triton_launch import blocks, choose, launch_items, locate
 from guardspace_kernels.ops._triton_table import Row
 from guardspace_kernels.ops.null_projection.reference import Projection, Update
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from guardspace_kernels.ops._library import rows
+from guardspace_kernels.ops._library import rows, unit_inner
 from guardspace_kernels.ops._triton import target
-from guardspace_kernels.ops._triton_launch import blocks, choose, launch, unit_inner
+from guardspace_kernels.ops._triton_launch import blocks, choose, launch
 from guardspace_kernels.ops._triton_table import Row, rows_for
 from guardspace_kernels.ops.null_projection.triton_kernels import project
 from guardspace_kernels.ops.projected_lora import reference

@@ -1,0 +1,84 @@
+"""The CUDA kernels compiled for the CPU, with cuda_shim.h: a library with the functions of guardspace_cuda.h."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from guardspace_kernels.ops import _cuda
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "csrc" / "cuda"
+SHIM = ROOT / "python_tests"
+BUILD = ROOT / "build" / "cuda_on_cpu"
+COMPILER = shlex.split(os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), ""))
+FLAGS = [
+    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter",
+    f"-I{SHIM}", "-march=native",
+]  # fmt: skip
+#: As python_tests/sanitize.py sets it for all that it builds.
+OPTIMISE = shlex.split(os.environ.get("GUARDSPACE_SHIM_FLAGS", "-O2"))
+
+COUNTERS = ("bytes_read", "bytes_written", "products", "matrices", "reads", "conflicts", "launches")
+SCHEDULES = (0, 1, 2, 3)
+
+
+def why_not() -> str:
+    """Why the kernels cannot be compiled for this CPU; empty if they can."""
+    if platform.machine() != "x86_64" or not sys.platform.startswith("linux"):
+        return "the shim's fibers are switched by x86-64 code for Linux"
+    return "" if COMPILER else "there is no C++ compiler"
+
+
+@cache
+def library(folder: Path = SOURCES, extra: Sequence[str] = ()) -> ctypes.CDLL:
+    """All .cu files in ``folder`` as a library, compiled when they or what they include has changed.
+
+    ``extra`` are more flags. RuntimeError with the compiler's words if it refuses.
+    """
+    sources = sorted(folder.glob("*.cu"))
+    texts = [path.read_bytes() for path in sorted([*folder.iterdir(), *SHIM.glob("cuda_shim.*")])]
+    command = [*COMPILER, *FLAGS, *OPTIMISE, *extra, f"-I{folder}"]
+    key = hashlib.sha256(b"\0".join([shlex.join(command).encode(), *texts])).hexdigest()[:16]
+    target = BUILD / f"{key}.so"
+    if not target.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        mine = BUILD / f"{key}-{os.getpid()}"
+        mine.mkdir()
+        running = []
+        for source in (*sources, SHIM / "cuda_shim.cpp"):
+            out = mine / f"{source.stem}.o"
+            arguments = [*command, "-x", "c++", "-c", str(source), "-o", str(out)]
+            running.append((out, subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)))
+        complaints = "".join(process.communicate()[1] for _, process in running)
+        if any(process.returncode for _, process in running):
+            raise RuntimeError(complaints)
+        if complaints:
+            raise RuntimeError(f"warnings: {complaints}")
+        temporary = mine / "library.so"
+        objects = [str(out) for out, _ in running]
+        subprocess.run([*command, "-shared", *objects, "-o", str(temporary)], check=True)
+        os.replace(temporary, target)
+        shutil.rmtree(mine)
+    return ctypes.CDLL(str(target))
+
+
+def kernels() -> ctypes.CDLL:
+    """Those of this source tree."""
+    return _cuda.load(library()._name)
+
+
+def take_counters(loaded: ctypes.CDLL) -> dict[str, int]:
+    """What was counted since the last time."""
+    numbers = (ctypes.c_int64 * len(COUNTERS))()
+    loaded.shim_take_counters(numbers)
+    return dict(zip(COUNTERS, numbers, strict=True))
