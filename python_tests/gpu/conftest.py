@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import guardspace_kernels as gk
+from guardspace_kernels import dispatch
+from guardspace_kernels.ops import _cuda
 
 
 @pytest.fixture(autouse=True)
@@ -28,3 +30,16 @@ def cuda(device) -> torch.device:
     if device.type != "cuda":
         pytest.skip(f"the CUDA runtime's own features do not exist on {device}")
     return device
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def kernels(request, device, monkeypatch) -> str:
+    """The kernels of one backend, each in turn; the reference for what they do not take."""
+    if device.type == "cuda":
+        if request.param == "cuda" and _cuda.library is None:
+            must = os.environ.get("GUARDSPACE_CUDA") == "1"
+            (pytest.fail if must else pytest.skip)("the CUDA kernels are not built or do not load")
+        monkeypatch.setattr(dispatch, "BACKENDS", (request.param, "reference"))
+    elif request.param == "cuda":
+        pytest.skip("on the CPU the reference runs, once is enough")
+    return request.param

@@ -48,6 +48,7 @@ LAYOUTS = {
 
 EACH_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+EACH_KERNELS = pytest.mark.usefixtures("kernels")
 
 
 def as_exact_as_plain(actual, plain, truth):
@@ -59,6 +60,7 @@ def on(device, t, dtype=None):
     return t.to(device, dtype) if isinstance(t, torch.Tensor) else t
 
 
+@EACH_KERNELS
 @EACH_LAYOUT
 @EACH_DTYPE
 @pytest.mark.parametrize("masked", [False, True], ids=["all rows", "masked"])
@@ -78,6 +80,7 @@ def test_covariance_update(device, dtype, layout, masked):
     assert torch.equal(C.triu(1), start.triu(1))
 
 
+@EACH_KERNELS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_masked_rows_may_hold_anything(device, bad):
     x, mask = torch.randn(3, 4, D, device=device), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [7, 1, 0, 0]])
@@ -89,6 +92,7 @@ def test_masked_rows_may_hold_anything(device, bad):
     assert torch.equal(C, clean) and clean.abs().sum() > 0
 
 
+@EACH_KERNELS
 def test_a_list_of_covariances_and_symmetrize(device):
     xs = [torch.randn(40, D, device=device), torch.randn(2, 5, 7, device=device).bfloat16()]
     Cs, singly = ([torch.zeros(x.shape[-1], x.shape[-1], device=device) for x in xs] for _ in range(2))
@@ -166,6 +170,7 @@ def lora_ours(x, call, dy, **more):
     return y, x.grad, A.grad, B.grad
 
 
+@EACH_KERNELS
 @EACH_LAYOUT
 @EACH_DTYPE
 @pytest.mark.parametrize("case", CASES)
@@ -182,6 +187,7 @@ def test_projected_lora_and_its_gradients(device, dtype, case, layout):
             assert a.shape == c.shape and not a.any()
 
 
+@EACH_KERNELS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_float32_adapter_beside_a_half_precision_layer(device, dtype):
     x, call = torch.randn(2, 9, D).to(device, dtype), lora_call(device, dtype, adapter=torch.float32)
@@ -193,6 +199,7 @@ def test_a_float32_adapter_beside_a_half_precision_layer(device, dtype):
         as_exact_as_plain(a.to(dtype), b, c)
 
 
+@EACH_KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["range basis", "null basis, frozen pair"])
 def test_dropout_is_a_function_of_the_seed(device, dtype, case):
@@ -213,6 +220,7 @@ def test_dropout_is_a_function_of_the_seed(device, dtype, case):
         as_exact_as_plain(a, b, c)
 
 
+@EACH_KERNELS
 def test_autocast_leaves_the_fold_in_float32(device):
     x, call = torch.randn(40, D, device=device), lora_call(device, torch.float32, "range basis")
     call["weight"].zero_()
@@ -224,6 +232,7 @@ def test_autocast_leaves_the_fold_in_float32(device):
     assert float(y.float().norm() / free.float().norm()) < 4e-3
 
 
+@EACH_KERNELS
 @EACH_LAYOUT
 @EACH_DTYPE
 @pytest.mark.parametrize("complement", [True, False], ids=["range", "null"])
@@ -238,6 +247,7 @@ def test_null_project(device, dtype, layout, complement):
     as_exact_as_plain(G, plain, g.double() @ P)
 
 
+@EACH_KERNELS
 def test_a_list_of_projections(device):
     gs = [torch.randn(4, D, device=device), torch.randn(2, 3, 10, device=device, dtype=torch.bfloat16)]
     bases = [orthonormal(D, K, torch.float32).to(device), orthonormal(10, 7, torch.float32).to(device)]
@@ -278,6 +288,7 @@ def op_arguments(device):
             "drift": (drift, (C, B, A))}  # fmt: skip
 
 
+@EACH_KERNELS
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["update", "project", "lora", "drift"])
 def test_compiles_to_one_graph(device, name):
@@ -304,6 +315,7 @@ def tf32(device, matmul_precision):
         assert error((x.T @ x).cpu(), x.cpu().double().T @ x.cpu().double()) > 2e-5
 
 
+@EACH_KERNELS
 @pytest.mark.usefixtures("tf32")
 def test_tf32_does_not_reach_covariances_and_projections(device):
     x, d = torch.randn(500, 256, device=device), 256
@@ -331,6 +343,7 @@ def test_tf32_does_not_reach_the_solvers(device):
     assert energy <= 1.01 * least
 
 
+@EACH_KERNELS
 def test_no_op_waits_for_the_device(cuda):
     prepared = op_arguments(cuda)
     torch.cuda.synchronize()
@@ -345,6 +358,7 @@ def test_no_op_waits_for_the_device(cuda):
         torch.cuda.set_sync_debug_mode(before)
 
 
+@EACH_KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ops_inside_a_cuda_graph(cuda, dtype):
     call = lora_call(cuda, dtype, adapter=torch.float32)

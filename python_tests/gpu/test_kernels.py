@@ -1,4 +1,4 @@
-"""What only a GPU can say about the Triton kernels: that they are chosen, graphs, many items, tensors beyond 2^31."""
+"""What only a GPU can say about the Triton and the CUDA kernels: that they are chosen, graphs, many items, tensors beyond 2^31."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from oracle import DTYPES, assert_as_exact_as_plain, error, orthonormal
 from guardspace_kernels import dispatch
 from guardspace_kernels.ops import covariance_update_, null_project_, projected_lora, symmetrize_
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
 D_IN, D_OUT, R, K = 160, 96, 5, 48
 EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -31,8 +31,8 @@ def operands(device, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", dispatch.OPS)
-def test_triton_takes_what_is_on_a_gpu(device, op, dtype):
-    ok, reason = dispatch.can_use(op, *operands(device, dtype)[op], backend="triton")
+def test_the_kernels_take_what_is_on_a_gpu(device, op, dtype, kernels):
+    ok, reason = dispatch.can_use(op, *operands(device, dtype)[op], backend=kernels)
     assert ok == (device.type == "cuda" and dtype != torch.float64), reason
     if device.type != "cuda":
         assert "on cpu" in reason
@@ -218,7 +218,9 @@ def test_tensors_of_more_than_2_to_the_31_elements(cuda):
     assert error(y[-300:], tail.double()) < 1e-2 and not y[:-300].any()
 
 
-def test_choices_by_measurement_are_kept_and_change_nothing(cuda, tmp_path, monkeypatch):
+def test_choices_by_measurement_are_kept_and_change_nothing(cuda, kernels, tmp_path, monkeypatch):
+    if kernels != "triton":
+        pytest.skip("only Triton's launches have a choice")
     monkeypatch.setenv("GUARDSPACE_AUTOTUNE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     x = torch.randn(2000, 600, device=cuda).bfloat16()
