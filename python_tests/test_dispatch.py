@@ -249,7 +249,10 @@ def test_unknown_names_are_refused(monkeypatch):
         dispatch.unavailable("attention", "cpu", "")
     with pytest.raises(ValueError, match=r"backend must be one of \('triton', .*got 'tpu'"):
         dispatch.unavailable("covariance", "tpu", "")
-    with pytest.raises(ValueError, match=r"name must be 'auto' or one of \('triton', .*got 'tpu'"), gk.use_backend("tpu"):
+    with (
+        pytest.raises(ValueError, match=r"name must be 'auto' or one of \('triton', .*got 'tpu'"),
+        gk.use_backend("tpu"),
+    ):
         pass
     monkeypatch.setenv("GUARDSPACE_BACKEND", "tpu")
     with pytest.raises(ValueError, match=r"GUARDSPACE_BACKEND must be 'auto' or one of \('triton', .*got 'tpu'"):
