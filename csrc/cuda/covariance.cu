@@ -72,7 +72,7 @@ constexpr size_t shared_bytes() {
 
 // A tile of C += scale · Xᵀ diag(mask) X, or of a slice's product, kept in the workspace.
 template <class E>
-__global__ void __launch_bounds__(Layout<E>::Tile::threads) add_tiles(const __grid_constant__ Items items) {
+__global__ void __launch_bounds__(Layout<E>::Tile::threads, 2) add_tiles(const __grid_constant__ Items items) {
     using T = typename Layout<E>::Tile;
     using P = Part<E, T::m, T::k, Adjacent::kOther>;
     constexpr int n = 16 / sizeof(E), chunks = blocks(P::rows * P::cols / n, T::threads);

@@ -54,15 +54,11 @@ inline bool is_wide(const void* data, int64_t stride, size_t entry) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * static_cast<int64_t>(entry) % 16 == 0;
 }
 
-// 16 bytes of shared memory from ``valid`` entries and zeros; entries of another type are converted.
+// 16 bytes of shared memory from ``valid`` entries and zeros, entry by entry; those of another type are converted.
 template <class E, class S>
-__device__ __forceinline__ void copy_chunk(E* to, const S* from, int valid, bool wide) {
-    constexpr int n = 16 / sizeof(E);
-    if constexpr (sizeof(E) == sizeof(S)) {
-        if (wide) return cp_async<16>(to, from, valid * static_cast<int>(sizeof(E)));
-    }
+__device__ __forceinline__ void copy_entries(E* to, const S* from, int valid) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0; i < 16 / static_cast<int>(sizeof(E)); ++i) {
         if constexpr (sizeof(E) == 4 && sizeof(S) == 4) {
             cp_async<4>(to + i, i < valid ? from + i : from, i < valid ? 4 : 0);
         } else if constexpr (sizeof(E) == 4) {
@@ -84,18 +80,25 @@ __device__ __forceinline__ void each_chunk(Use use) {
     }
 }
 
-// Fills a part with what lies in ``from`` at (row, col), zeros outside of it and in rows that do not count.
+// Fills a part with what lies in ``from`` at (row, col), zeros outside of it and in rows that do not count. ``wide``
+// says that its rows can be copied 16 bytes at a time.
 template <class P, int THREADS, class E, class S, class Counts>
 __device__ __forceinline__ void copy_part(E* to, const View<S>& from, int row, int col, bool wide, Counts counts) {
-    each_chunk<P, E, THREADS>([&](int i, int r, int c) {
-        const int left = from.cols - col - c, n = 16 / static_cast<int>(sizeof(E));
-        const bool any = row + r < from.rows && left > 0 && counts(i, r);
-        copy_chunk(to + r * P::stride + c, any ? from.at(row + r, col + c) : from.data,
-                   !any       ? 0
-                   : left < n ? left
-                              : n,
-                   wide);
-    });
+    const auto each = [&](auto copy) {
+        each_chunk<P, E, THREADS>([&](int i, int r, int c) {
+            const int left = from.cols - col - c, n = 16 / static_cast<int>(sizeof(E));
+            const bool any = row + r < from.rows && left > 0 && counts(i, r);
+            copy(to + r * P::stride + c, any ? from.at(row + r, col + c) : from.data, any ? min(left, n) : 0);
+        });
+    };
+    if constexpr (sizeof(E) == sizeof(S)) {
+        if (wide) {
+            return each([](E* at, const S* source, int valid) {
+                cp_async<16>(at, source, valid * static_cast<int>(sizeof(E)));
+            });
+        }
+    }
+    each([](E* at, const S* source, int valid) { copy_entries(at, source, valid); });
 }
 
 template <class P, int THREADS, class E, class S>
@@ -170,32 +173,70 @@ struct Sums {
     }
 };
 
+// Fragments of 16-bit operands: 16 × 16 of A at (m, k) of its part, and 16 × 16 of B, for two products, at (k, n).
+template <class P, class E>
+__device__ __forceinline__ void read_left(uint32_t (&left)[4], const E* a, int m, int k) {
+    const int lane = threadIdx.x % 32, low = lane % 8, bit3 = lane / 8 % 2 * 8, bit4 = lane / 16 * 8;
+    ldmatrix<!P::along_sum>(left,
+                            a + (P::along_sum ? P::at(m + low + bit3, k + bit4) : P::at(m + bit3, k + low + bit4)));
+}
+template <class P, class E>
+__device__ __forceinline__ void read_right(uint32_t (&first)[2], uint32_t (&second)[2], const E* b, int n, int k) {
+    const int lane = threadIdx.x % 32, low = lane % 8, bit3 = lane / 8 % 2 * 8, bit4 = lane / 16 * 8;
+    uint32_t two[4];
+    ldmatrix<!P::along_sum>(two,
+                            b + (P::along_sum ? P::at(n + low + bit4, k + bit3) : P::at(n + bit4, k + low + bit3)));
+    first[0] = two[0], first[1] = two[1], second[0] = two[2], second[1] = two[3];
+}
+
 // sums += A B of one step, A and B parts of 16-bit numbers.
 template <class T, class PA, class PB, class E>
 __device__ __forceinline__ void multiply(Sums<T>& sums, const E* a, const E* b) {
-    static_assert(T::warp_n % 16 == 0, "a fragment of b is read for two products");
+    static_assert(T::warp_n % 16 == 0, "a fragment of B is read for two products");
     const Place<T> warp;
-    const int lane = threadIdx.x % 32, low = lane % 8, bit3 = lane / 8 % 2 * 8, bit4 = lane / 16 * 8;
 #pragma unroll
     for (int k = 0; k < T::k; k += 16) {
         uint32_t left[T::warp_m / 16][4], right[T::warp_n / 8][2];
 #pragma unroll
-        for (int i = 0; i < T::warp_m / 16; ++i) {
-            ldmatrix<!PA::along_sum>(left[i], a + (PA::along_sum ? PA::at(warp.m + 16 * i + low + bit3, k + bit4)
-                                                                 : PA::at(warp.m + 16 * i + bit3, k + low + bit4)));
-        }
+        for (int i = 0; i < T::warp_m / 16; ++i) read_left<PA>(left[i], a, warp.m + 16 * i, k);
 #pragma unroll
-        for (int j = 0; j < T::warp_n / 8; j += 2) {
-            const int n = warp.n + 8 * j;
-            uint32_t two[4];
-            ldmatrix<!PB::along_sum>(
-                two, b + (PB::along_sum ? PB::at(n + low + bit4, k + bit3) : PB::at(n + bit4, k + low + bit3)));
-            right[j][0] = two[0], right[j][1] = two[1], right[j + 1][0] = two[2], right[j + 1][1] = two[3];
-        }
+        for (int j = 0; j < T::warp_n / 8; j += 2) read_right<PB>(right[j], right[j + 1], b, warp.n + 8 * j, k);
 #pragma unroll
         for (int i = 0; i < T::warp_m / 16; ++i) {
 #pragma unroll
             for (int j = 0; j < T::warp_n / 8; ++j) mma<E>(sums.of[i][j], left[i], right[j]);
+        }
+    }
+}
+
+// The same with each step's product begun at zero: tensor cores truncate when they accumulate, 3e-6 of a sum of 2048
+// terms. Row by row, so that few registers hold such products.
+template <class T, class PA, class PB, class E>
+__device__ __forceinline__ void multiply_exactly(Sums<T>& sums, const E* a, const E* b) {
+    static_assert(T::warp_n % 16 == 0, "a fragment of B is read for two products");
+    const Place<T> warp;
+    uint32_t right[T::k / 16][T::warp_n / 8][2];
+#pragma unroll
+    for (int k = 0; k < T::k; k += 16) {
+#pragma unroll
+        for (int j = 0; j < T::warp_n / 8; j += 2) {
+            read_right<PB>(right[k / 16][j], right[k / 16][j + 1], b, warp.n + 8 * j, k);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < T::warp_m / 16; ++i) {
+        float row[T::warp_n / 8][4] = {};
+#pragma unroll
+        for (int k = 0; k < T::k; k += 16) {
+            uint32_t left[4];
+            read_left<PA>(left, a, warp.m + 16 * i, k);
+#pragma unroll
+            for (int j = 0; j < T::warp_n / 8; ++j) mma<E>(row[j], left, right[k / 16][j]);
+        }
+#pragma unroll
+        for (int j = 0; j < T::warp_n / 8; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums.of[i][j][e] += row[j][e];
         }
     }
 }
@@ -242,10 +283,8 @@ __device__ __forceinline__ void multiply(Sums<T>& sums, const float* a, const fl
     }
 }
 
-// sums += A B with each step's product begun at zero: tensor cores truncate when they accumulate, 3e-6 of a sum of 2048
-// terms.
-template <class T, class PA, class PB, class E>
-__device__ __forceinline__ void multiply_exactly(Sums<T>& sums, const E* a, const E* b) {
+template <class T, class PA, class PB>
+__device__ __forceinline__ void multiply_exactly(Sums<T>& sums, const float* a, const float* b) {
     Sums<T> step;
     multiply<T, PA, PB>(step, a, b);
     sums.add(step);
