@@ -10,7 +10,7 @@
  * guardspace_cuda_error_text tells what. Chips from compute capability 8.0 on.
  *
  * Link the installed guardspace_kernels/_cuda.so, or compile csrc/cuda/ *.cu into your own program:
- *     nvcc -std=c++17 -O3 -Icsrc -Icsrc/cuda -c csrc/cuda/covariance.cu
+ *     nvcc -std=c++17 -O3 -arch=sm_90 -Icsrc/cuda -c csrc/cuda/covariance.cu
  */
 #ifndef GUARDSPACE_CUDA_H
 #define GUARDSPACE_CUDA_H
