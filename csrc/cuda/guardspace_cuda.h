@@ -4,7 +4,7 @@
  * Calls put work on `stream` (a cudaStream_t; NULL is the default stream) of the calling thread's current device, do
  * not wait for it, allocate nothing, and may be captured in a CUDA graph: items are read before they return. Results
  * have the same bits every time. Rows at multiples of 16 bytes (address and stride) are read fastest. Any size may be
- * zero; none, and no stride, may exceed 2^31 - 1.
+ * zero; none, and no stride, may exceed 2000000000.
  *
  * A call returns 0 or an error: a positive number is CUDA's, a negative one says that an argument is wrong.
  * guardspace_cuda_error_text tells what. Chips from compute capability 8.0 on.

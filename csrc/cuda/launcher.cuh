@@ -13,7 +13,8 @@ namespace guardspace {
 // Keeps a text for guardspace_cuda_error_text and returns the error that belongs to it.
 int wrong(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-constexpr int64_t kMost = 2147483647;
+// Sizes and strides, so that sums of a few of them and a tile still fit 32 bits.
+constexpr int64_t kMost = 2000000000;
 
 inline size_t entry_bytes(int64_t dtype) {
     return dtype == GUARDSPACE_FLOAT32 ? 4 : 2;
@@ -24,7 +25,7 @@ inline size_t entry_bytes(int64_t dtype) {
 inline int check_matrix(const char* call, int64_t i, const char* name, const void* data, int64_t rows, int64_t cols,
                         int64_t stride, size_t entry, int64_t least_stride = 0) {
     if (rows < 0 || cols < 0 || rows > kMost || cols > kMost) {
-        return wrong("%s: items[%lld]: %s is (%lld, %lld); sizes must be from 0 to 2^31 - 1", call,
+        return wrong("%s: items[%lld]: %s is (%lld, %lld); sizes must be from 0 to 2000000000", call,
                      static_cast<long long>(i), name, static_cast<long long>(rows), static_cast<long long>(cols));
     }
     if (rows == 0 || cols == 0) return 0;
@@ -34,7 +35,7 @@ inline int check_matrix(const char* call, int64_t i, const char* name, const voi
     }
     if (rows > 1 && (stride < least_stride || stride > kMost)) {
         return wrong(
-            "%s: items[%lld]: %s is (%lld, %lld) with a row stride of %lld; from %lld to 2^31 - 1 was expected", call,
+            "%s: items[%lld]: %s is (%lld, %lld) with a row stride of %lld; from %lld to 2000000000 was expected", call,
             static_cast<long long>(i), name, static_cast<long long>(rows), static_cast<long long>(cols),
             static_cast<long long>(stride), static_cast<long long>(least_stride));
     }
