@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,8 +46,7 @@ def backend(request) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture
-def triton_kernels(monkeypatch) -> None:
+def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Triton kernels for what they accept, under Triton's interpreter on CPU tensors; else the reference.
 
     A sanitizer watches them: python_tests/triton_sanitizer.py.
@@ -60,22 +58,45 @@ def triton_kernels(monkeypatch) -> None:
     monkeypatch.setattr(_triton, "devices", {"cpu"})
 
 
-@pytest.fixture(params=cuda_on_cpu.SCHEDULES[:2], ids="schedule {}".format)
-def cuda_kernels(request, monkeypatch) -> ctypes.CDLL:
-    """The CUDA kernels for what they accept, compiled for the CPU, under two schedules of warps; else the reference."""
+def use_cuda(monkeypatch: pytest.MonkeyPatch, schedule: int) -> ctypes.CDLL:
+    """The CUDA kernels for what they accept, compiled for the CPU, under a schedule of warps; else the reference."""
     if reason := cuda_on_cpu.why_not():
         pytest.skip(reason)
     loaded = cuda_on_cpu.kernels()
-    loaded.shim_set_schedule(request.param)
+    loaded.shim_set_schedule(schedule)
     for name, value in {"library": loaded, "devices": {"cpu"}, "no_driver": lambda: ""}.items():
         monkeypatch.setattr(_cuda, name, value)
-    for op in filter(lambda op: importlib.util.find_spec(f"guardspace_kernels.ops.{op}.cuda_kernels"), dispatch.OPS):
+    for op in dispatch.OPS:
         module = importlib.import_module(f"guardspace_kernels.ops.{op}.cuda_kernels")
         entries = dispatch._registry[op, "reference"].functions
         functions = {entry: getattr(module, entry) for entry in entries}
         monkeypatch.setitem(dispatch._registry, (op, "cuda"), dispatch.Implementation(functions, module.accepts))
     monkeypatch.setattr(dispatch, "BACKENDS", ("cuda", "reference"))
     return loaded
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch) -> None:
+    use_triton(monkeypatch)
+
+
+@pytest.fixture(params=cuda_on_cpu.SCHEDULES[:2], ids="schedule {}".format)
+def cuda_kernels(request, monkeypatch) -> ctypes.CDLL:
+    return use_cuda(monkeypatch, request.param)
+
+
+_BOTH = [pytest.param(f"cuda {schedule}", marks=pytest.mark.cuda_on_cpu) for schedule in cuda_on_cpu.SCHEDULES[:2]]
+
+
+@pytest.fixture(params=["triton", *_BOTH])
+def gpu_kernels(request, monkeypatch) -> str:
+    """Each of them, one after the other."""
+    name, *schedule = request.param.split()
+    if name == "triton":
+        use_triton(monkeypatch)
+    else:
+        use_cuda(monkeypatch, int(*schedule))
+    return name
 
 
 automatic = pytest.mark.parametrize("backend", ["automatic"], indirect=True)

@@ -8,12 +8,8 @@
 namespace guardspace {
 namespace {
 
-// Blocks from which tokens are not split further: two for each multiprocessor of an H100.
-constexpr int64_t kBlocks = 264;
 // A slice of fewer tokens costs more in traffic of its sums than it saves.
 constexpr int64_t kLeastTokens = 1024;
-// How many rows of tiles are walked together, column by column, so that blocks that run at once share columns of X.
-constexpr int kBand = 8;
 constexpr int kSumTile = 32;
 
 template <class E>
@@ -31,7 +27,6 @@ struct Item {
     const uint8_t* mask;
     int64_t sums;  // where the slices' sums begin in the workspace, (d, d) each
     int tokens, d, stride_x, stride_c, slices, begin;
-    bool wide;
 };
 
 struct Shared {
@@ -75,31 +70,31 @@ template <class E>
 __global__ void __launch_bounds__(Layout<E>::Tile::threads, 2) add_tiles(const __grid_constant__ Items items) {
     using T = typename Layout<E>::Tile;
     using P = Part<E, T::m, T::k, Adjacent::kOther>;
-    constexpr int n = 16 / sizeof(E), chunks = blocks(P::rows * P::cols / n, T::threads);
     int block;
     const Item& item = locate(items, block);
     const int high = blocks(item.d, T::m), tiles = high * (high + 1) / 2, slice = block / tiles;
     int i, j;
     lower_tile(block % tiles, high, i, j);
     const int row = i * T::m, col = j * T::n;
-    const View<E> x{static_cast<const E*>(item.x), item.tokens, item.d, item.stride_x};
+    const View<E> x(item.x, item.tokens, item.d, item.stride_x);
     E* memory = reinterpret_cast<E*>(shared_memory());
 
     // The mask of the next copy is read one step before it, so that no copy waits for it.
-    bool counts[chunks];
+    uint32_t counts = 0;  // one bit for each 16 bytes
     const auto first_token = [&](int step) { return (step * item.slices + slice) * T::k; };
     const auto read_mask = [&](int step) {
         if (item.mask == nullptr) return;
-        each_chunk<P, E, T::threads>([&](int c, int r, int) {
+        counts = 0;
+        each_chunk<P, E, T::threads>([&](int i, int r, int) {
             const int64_t token = static_cast<int64_t>(first_token(step)) + r;
-            counts[c] = token < item.tokens && load(item.mask + token) != 0;
+            if (token < item.tokens) counts |= static_cast<uint32_t>(load(item.mask + token) != 0) << i;
         });
     };
     const auto copy = [&](int step, int stage) {
-        const auto counted = [&](int c, int) { return item.mask == nullptr || counts[c]; };
+        const auto counted = [&](int i, int) { return item.mask == nullptr || (counts >> i & 1); };
         E* to = memory + stage * 2 * P::size;
-        copy_part<P, T::threads>(to, x, first_token(step), row, item.wide, counted);
-        if (i != j) copy_part<P, T::threads>(to + P::size, x, first_token(step), col, item.wide, counted);
+        copy_part<P, T::threads>(to, x, first_token(step), row, counted);
+        if (i != j) copy_part<P, T::threads>(to + P::size, x, first_token(step), col, counted);
         read_mask(step + 1);
     };
     Sums<T> total;
@@ -205,8 +200,7 @@ std::vector<Item> planned(const guardspace_covariance_update* updates, int64_t c
         const int64_t most = std::min(kBlocks / std::max<int64_t>(tiles, 1), u.tokens / kLeastTokens);
         const int slices = static_cast<int>(std::max<int64_t>(most, 1));
         plan.push_back({u.x, u.covariance, u.mask, sums, static_cast<int>(u.tokens), static_cast<int>(u.width),
-                        static_cast<int>(u.stride_x), static_cast<int>(u.stride_covariance), slices, 0,
-                        is_wide(u.x, u.stride_x, entry_bytes(u.dtype))});
+                        static_cast<int>(u.stride_x), static_cast<int>(u.stride_covariance), slices, 0});
         if (slices > 1) sums += slices * u.width * u.width;
     }
     return plan;

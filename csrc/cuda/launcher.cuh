@@ -16,6 +16,9 @@ int wrong(const char* format, ...) __attribute__((format(printf, 1, 2)));
 // Sizes and strides, so that sums of a few of them and a tile still fit 32 bits.
 constexpr int64_t kMost = 2000000000;
 
+// Blocks from which sums are not split into more slices: two for each multiprocessor of an H100.
+constexpr int64_t kBlocks = 264;
+
 inline size_t entry_bytes(int64_t dtype) {
     return dtype == GUARDSPACE_FLOAT32 ? 4 : 2;
 }

@@ -12,6 +12,9 @@ __host__ __device__ constexpr N blocks(N n, N size) {
     return (n + size - 1) / size;
 }
 
+// How many rows of tiles are walked together, column by column, so that blocks that run at once share columns.
+constexpr int kBand = 8;
+
 // How a block divides a product: M × N results, K terms of their sums in a step, STAGES steps in shared memory at once.
 template <int M, int N, int K, int WARPS_M, int WARPS_N, int STAGES>
 struct Tile {
@@ -43,16 +46,19 @@ template <class S>
 struct View {
     const S* data;
     int rows, cols, stride;
+    bool wide;  // its rows may be copied 16 bytes at a time
+
+    __device__ __forceinline__ View(const void* data, int64_t rows, int64_t cols, int64_t stride)
+        : data(static_cast<const S*>(data)),
+          rows(static_cast<int>(rows)),
+          cols(static_cast<int>(cols)),
+          stride(static_cast<int>(stride)),
+          wide(reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * static_cast<int64_t>(sizeof(S)) % 16 == 0) {}
 
     __device__ __forceinline__ const S* at(int row, int col) const {
         return data + static_cast<int64_t>(row) * stride + col;
     }
 };
-
-// Whether the rows of a matrix may be copied 16 bytes at a time.
-inline bool is_wide(const void* data, int64_t stride, size_t entry) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * static_cast<int64_t>(entry) % 16 == 0;
-}
 
 // 16 bytes of shared memory from ``valid`` entries and zeros, entry by entry; those of another type are converted.
 template <class E, class S>
@@ -69,41 +75,41 @@ __device__ __forceinline__ void copy_entries(E* to, const S* from, int valid) {
     }
 }
 
-// Calls use(i, row, col) for each 16 bytes of a part that this thread copies, the i-th of them at (row, col).
-template <class P, class E, int THREADS, class Use>
+// Calls use(i, row, col) for each 16 bytes of a part that this thread copies, the i-th of them at (row, col); UNROLL of
+// them at once.
+template <class P, class E, int THREADS, int UNROLL = 64, class Use>
 __device__ __forceinline__ void each_chunk(Use use) {
     constexpr int n = 16 / sizeof(E), in_row = P::cols / n, chunks = P::rows * in_row;
-#pragma unroll
+#pragma unroll UNROLL
     for (int i = 0; i < blocks(chunks, THREADS); ++i) {
         const int chunk = threadIdx.x + i * THREADS;
         if (chunks % THREADS == 0 || chunk < chunks) use(i, chunk / in_row, chunk % in_row * n);
     }
 }
 
-// Fills a part with what lies in ``from`` at (row, col), zeros outside of it and in rows that do not count. ``wide``
-// says that its rows can be copied 16 bytes at a time.
+// Fills a part with what lies in ``from`` at (row, col), zeros outside of it and in rows that do not count.
 template <class P, int THREADS, class E, class S, class Counts>
-__device__ __forceinline__ void copy_part(E* to, const View<S>& from, int row, int col, bool wide, Counts counts) {
+__device__ __forceinline__ void copy_part(E* to, const View<S>& from, int row, int col, Counts counts) {
     const auto each = [&](auto copy) {
-        each_chunk<P, E, THREADS>([&](int i, int r, int c) {
+        return [&, copy](int i, int r, int c) {
             const int left = from.cols - col - c, n = 16 / static_cast<int>(sizeof(E));
             const bool any = row + r < from.rows && left > 0 && counts(i, r);
             copy(to + r * P::stride + c, any ? from.at(row + r, col + c) : from.data, any ? min(left, n) : 0);
-        });
+        };
     };
     if constexpr (sizeof(E) == sizeof(S)) {
-        if (wide) {
-            return each([](E* at, const S* source, int valid) {
+        if (from.wide) {
+            return each_chunk<P, E, THREADS>(each([](E* at, const S* source, int valid) {
                 cp_async<16>(at, source, valid * static_cast<int>(sizeof(E)));
-            });
+            }));
         }
     }
-    each([](E* at, const S* source, int valid) { copy_entries(at, source, valid); });
+    each_chunk<P, E, THREADS, 1>(each([](E* at, const S* source, int valid) { copy_entries(at, source, valid); }));
 }
 
 template <class P, int THREADS, class E, class S>
-__device__ __forceinline__ void copy_part(E* to, const View<S>& from, int row, int col, bool wide) {
-    copy_part<P, THREADS>(to, from, row, col, wide, [](int, int) { return true; });
+__device__ __forceinline__ void copy_part(E* to, const View<S>& from, int row, int col) {
+    copy_part<P, THREADS>(to, from, row, col, [](int, int) { return true; });
 }
 
 // Runs use(step, stage) for each step after copy(step, stage) has brought what it needs; arrived(step, stage) may
@@ -141,23 +147,26 @@ struct Place {
 // The results that a thread holds.
 template <class T>
 struct Sums {
+    static constexpr int pairs = T::warp_m / 16 * (T::warp_n / 8) * 2;
     float of[T::warp_m / 16][T::warp_n / 8][4] = {};
 
-    // Calls use(row, col, first, second) for each pair of adjacent results: (row, col), (row, col + 1) of the tile.
-    template <class Use>
-    __device__ __forceinline__ void each_pair(Use use) {
+    // Where pair ``i`` of adjacent results lies in the tile: (row, col), (row, col + 1).
+    static __device__ __forceinline__ void locate_pair(int i, int& row, int& col) {
         const Place<T> warp;
         const int lane = threadIdx.x % 32;
+        row = warp.m + i / 2 / (T::warp_n / 8) * 16 + i % 2 * 8 + lane / 4;
+        col = warp.n + i / 2 % (T::warp_n / 8) * 8 + lane % 4 * 2;
+    }
+
+    // Calls use(row, col, first, second) for each pair.
+    template <class Use>
+    __device__ __forceinline__ void each_pair(Use use) {
 #pragma unroll
-        for (int i = 0; i < T::warp_m / 16; ++i) {
-#pragma unroll
-            for (int j = 0; j < T::warp_n / 8; ++j) {
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    use(warp.m + 16 * i + 8 * half + lane / 4, warp.n + 8 * j + lane % 4 * 2, of[i][j][2 * half],
-                        of[i][j][2 * half + 1]);
-                }
-            }
+        for (int i = 0; i < pairs; ++i) {
+            int row, col;
+            locate_pair(i, row, col);
+            float* pair = of[i / 2 / (T::warp_n / 8)][i / 2 % (T::warp_n / 8)] + i % 2 * 2;
+            use(row, col, pair[0], pair[1]);
         }
     }
 

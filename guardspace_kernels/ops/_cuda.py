@@ -19,15 +19,27 @@ from guardspace_kernels.ops._library import overlaps_itself
 devices = {"cuda"}
 
 _DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-_TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "f": ctypes.c_float, "s": ctypes.c_char_p, "i": ctypes.c_int}
-#: Function -> types of its result and its arguments: i an int, q an int64, f a float, s a string or packed items, p a
-#: pointer.
+#: An int, an int64, a float, a double, a pointer, a string or packed items.
+_TYPES = {
+    "i": ctypes.c_int, "q": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double, "p": ctypes.c_void_p,
+    "s": ctypes.c_char_p,
+}  # fmt: skip
+#: Function -> types of its result and its arguments.
 _FUNCTIONS = {
     "error_text": "si",
     "device_count": "ip",
     "covariance_workspace": "qsq",
     "covariance_update": "isqfpqp",
     "symmetrize": "ipqqp",
+    "null_project_workspace": "qsq",
+    "null_project": "isqpqp",
+    "projected_adamw_workspace": "qsq",
+    "projected_adamw": "isqdddddpqp",
+    "lora_linear": "isfp",
+    "lora_down_workspace": "qs",
+    "lora_down": "isfpqp",
+    "lora_outer_workspace": "qs",
+    "lora_outer": "isfpqp",
 }
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU can say about the Triton and CUDA kernels: that they are chosen, graphs, many items, 2^31 elements."""
+"""What only a GPU can say about the Triton and CUDA kernels: which are chosen, graphs, many items, 2^31 elements."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from test_cpu_projected_lora import LAYOUTS, PARTS, assert_exact, bad_rows, grad
 
 from guardspace_kernels import dispatch
 from guardspace_kernels.ops import _triton_table, projected_lora
+from guardspace_kernels.ops.projected_lora import gpu
 
 pytest.importorskip("triton_interpreter", reason="Triton is not installed")
 triton, tl, kernels = map(
@@ -37,8 +38,7 @@ def form(request):
 @pytest.fixture
 def launched(triton_kernels, form, monkeypatch):  # noqa: F811
     """What is launched, as (kernel, variant); the base product has the form that the test asks for."""
-    monkeypatch.setattr(kernels, "_library_from", lambda *_: 0 if form == "two calls" else 2**31)
-    monkeypatch.setattr(kernels, "_FEW", 0)
+    monkeypatch.setattr(gpu, "library_from", lambda *_: 0 if form == "two calls" else 2**31)
     calls, launch = [], kernels.launch
 
     def counted(function, row, grid, arguments, **variant):
@@ -65,7 +65,7 @@ def keep(OUT, SEED, threshold, T, d, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexp
 
 
 def mask(T, d, p=0.5, seed=3, block=128):
-    out, dropout = torch.empty(T, d, dtype=torch.bool), kernels._dropout(p, torch.tensor(seed), torch.device("cpu"))
+    out, dropout = torch.empty(T, d, dtype=torch.bool), gpu.dropout_of(p, torch.tensor(seed), torch.device("cpu"))
     keep[triton.cdiv(T, block), triton.cdiv(d, block)](
         out, dropout.seed, dropout.threshold, T, d, BLOCK_T=block, BLOCK_D=block
     )
@@ -102,7 +102,7 @@ def rows_of(kernel):
 def test_more_blocks_of_tokens_than_share_weights_by_every_row(row):
     T, N = 9 * row.constants["BLOCK_T"] + 1, row.constants["BLOCK_N"] + 1
     x, W, bias, h, up = (torch.randn(*size).bfloat16() for size in ((T, 33), (N, 33), (N,), (T, 3), (3, N)))
-    y = kernels._tiles(row, x, W, bias, h, up, x.new_empty(T, N), 0, kernels._dropout(0.0, None, x.device))
+    y = kernels._tiles(row, x, W, bias, h, up, x.new_empty(T, N), 0, gpu.dropout_of(0.0, None, x.device))
     assert error(y, x.double() @ W.double().T + bias.double() + h.double() @ up.double()) <= FLOOR[torch.bfloat16]
 
 
@@ -278,7 +278,7 @@ def test_a_bad_entry_shows_in_what_it_belongs_to_only(dtype):
 
 def test_dropped_entries_do_not_leak(monkeypatch):
     x, call, dy = drawn(70, 97, 40, 3, torch.float32)
-    monkeypatch.setattr(kernels, "_linear", lambda x, weight, bias, h, up, *_: h @ up)  # W sees every entry of x
+    monkeypatch.setattr(kernels._PASSES, "linear", lambda x, weight, bias, h, up, *_: h @ up)  # W sees every entry of x
     dropped = ~mask(70, 97, 0.5, 9)
     y, _, dA, dB = run(x, call, dy, (False, True, True), dropout=0.5, seed=9)
     assert dropped.any()
@@ -290,22 +290,22 @@ def test_dropped_entries_do_not_leak(monkeypatch):
 def test_a_seed_that_a_graph_would_keep_is_refused(monkeypatch):
     seed, device = torch.tensor(3), torch.device("meta")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert kernels._dropout(0.5, seed, device).seed.device == device
+    assert gpu.dropout_of(0.5, seed, device).seed.device == device
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert kernels._dropout(0.5, seed, seed.device).seed is seed
+    assert gpu.dropout_of(0.5, seed, seed.device).seed is seed
     with pytest.raises(RuntimeError, match=r"seed is on cpu.*CUDA graph.*every replay; pass a tensor on meta"):
-        kernels._dropout(0.5, seed, device)
+        gpu.dropout_of(0.5, seed, device)
 
 
 def test_whose_base_product_it_is_follows_the_rule(monkeypatch):
     monkeypatch.undo()
     half, full = torch.bfloat16, torch.float32
-    assert [kernels._library_from(half, chip) for chip in ("sm80", "sm89", "sm120")] == [2049] * 3
-    assert [kernels._library_from(half, chip) for chip in ("sm90", "sm100", "gfx942")] == [1025] * 3
-    monkeypatch.setattr(kernels, "_allows_tf32", lambda: False)
-    assert [kernels._library_from(full, chip) for chip in ("sm80", "sm90", "gfx942")] == [2**31, 2**31, 1025]
-    monkeypatch.setattr(kernels, "_allows_tf32", lambda: True)
-    assert [kernels._library_from(full, chip) for chip in ("sm80", "sm90", "gfx942")] == [0, 0, 1025]
+    assert [gpu.library_from(half, 64, chip) for chip in ("sm80", "sm89", "sm120")] == [2049] * 3
+    assert [gpu.library_from(half, 64, chip) for chip in ("sm90", "sm100", "gfx942")] == [1025] * 3
+    monkeypatch.setattr(gpu, "allows_tf32", lambda: False)
+    assert [gpu.library_from(full, 64, chip) for chip in ("sm80", "sm90", "gfx942")] == [2**31, 2**31, 1025]
+    monkeypatch.setattr(gpu, "allows_tf32", lambda: True)
+    assert [gpu.library_from(full, 64, chip) for chip in ("sm80", "sm90", "gfx942")] == [0, 0, 1025]
 
 
 def test_the_setting_that_allows_tf32_is_read_where_it_is():
@@ -313,7 +313,7 @@ def test_the_setting_that_allows_tf32_is_read_where_it_is():
     try:
         for precision, allowed in (("highest", False), ("high", True)):
             torch.set_float32_matmul_precision(precision)
-            assert kernels._allows_tf32() == allowed
+            assert gpu.allows_tf32() == allowed
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -19,7 +19,7 @@ from guardspace_kernels.ops._library import (
     require_same_device,
     shape,
 )
-from guardspace_kernels.ops.null_projection import cpu_kernels, reference  # noqa: F401  # the import registers them
+from guardspace_kernels.ops.null_projection import cpu_kernels, cuda_kernels, reference  # noqa: F401  # the import registers them
 from guardspace_kernels.ops.null_projection.reference import Update
 
 __all__ = ["null_project_", "projected_adamw_"]

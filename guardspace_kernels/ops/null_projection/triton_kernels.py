@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from guardspace_kernels.ops._library import rows, unit_inner, written
+from guardspace_kernels.ops._library import unit_inner
 from guardspace_kernels.ops._triton_launch import blocks, choose, launch_items, locate
 from guardspace_kernels.ops._triton_table import Row
-from guardspace_kernels.ops.null_projection.reference import Projection, Update
-
-#: (g, out, basis, complement): out ← g P
-Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]
+from guardspace_kernels.ops.null_projection import gpu
+from guardspace_kernels.ops.null_projection.gpu import Item
+from guardspace_kernels.ops.null_projection.reference import Update
 
 _PROGRAMS = 256  # about two for each multiprocessor of a large chip
 _MOST_SLICES = 8
@@ -224,27 +224,10 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta else -math.inf
 
 
-def _write_back(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    for t, flat in pairs:
-        if flat.data_ptr() != t.data_ptr():
-            t.copy_(flat.view(t.shape))
-    written(*(t for t, _ in pairs))
-
-
-def null_project_(projections: list[Projection]) -> None:
-    projections = [projection for projection in projections if projection[0].numel()]
-    if len({g.data_ptr() for g, *_ in projections}) < len(projections):  # one matrix twice: one after the other
-        for projection in projections:
-            null_project_([projection])
-        return
-    flats = [unit_inner(rows(g)) for g, *_ in projections]
-    project([(flat, flat, basis, complement) for flat, (_, basis, complement) in zip(flats, projections, strict=True)])
-    _write_back([(g, flat) for (g, *_), flat in zip(projections, flats, strict=True)])
-
-
-def projected_adamw_(updates: list[Update]) -> None:
-    flats = [[unit_inner(rows(t)) for t in (u.param, u.grad, u.exp_avg, u.exp_avg_sq)] for u in updates]
+def _adamw_and_project(updates: list[Update], flats: list[list[torch.Tensor]]) -> None:
     _adamw(updates, flats)
     project([(a, a, u.basis, u.complement) for u, (a, *_) in zip(updates, flats, strict=True)])
-    for u, (a, _, m, v) in zip(updates, flats, strict=True):
-        _write_back([(u.param, a), (u.exp_avg, m), (u.exp_avg_sq, v)])
+
+
+null_project_ = partial(gpu.null_project_, project)
+projected_adamw_ = partial(gpu.projected_adamw_, _adamw_and_project)

@@ -28,7 +28,7 @@ from guardspace_kernels.ops._library import (
     require_same_device,
     shape,
 )
-from guardspace_kernels.ops.projected_lora import cpu_kernels, reference  # noqa: F401  # the import registers them
+from guardspace_kernels.ops.projected_lora import cpu_kernels, cuda_kernels, reference  # noqa: F401  # the import registers them
 
 __all__ = ["projected_lora"]
 

@@ -1,25 +1,23 @@
 """Projected LoRA by Triton: the rank-r update inside the base product, dropout without a stored mask, and gradients
 that read x once and, at small ranks, dy once.
-
-Dropout keeps an entry by a word of Philox whose counter is the entry's place and whose key is the seed, which the
-kernels read on the device: forward and both gradients find the same mask, and nothing waits for the device.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from guardspace_kernels.ops._library import rows, unit_inner
+from guardspace_kernels.ops._library import unit_inner
 from guardspace_kernels.ops._triton import target
 from guardspace_kernels.ops._triton_launch import blocks, choose, launch
 from guardspace_kernels.ops._triton_table import Row, rows_for
 from guardspace_kernels.ops.null_projection.triton_kernels import project
-from guardspace_kernels.ops.projected_lora import reference
+from guardspace_kernels.ops.projected_lora import gpu, reference
+from guardspace_kernels.ops.projected_lora.gpu import Dropout, dropout_of
 
 _PROGRAMS = 256  # about two for each multiprocessor of a large chip
 _MOST_SLICES = 8  # of columns
@@ -154,48 +152,6 @@ def _name(kernel: str, x: torch.Tensor) -> str:
     return f"projected_lora.{kernel}_float32" if x.dtype == torch.float32 else f"projected_lora.{kernel}"
 
 
-class _Dropout(NamedTuple):
-    seed: torch.Tensor
-    threshold: int  # of the upper 31 bits of a word
-    factor: float
-
-
-def _dropout(p: float, seed: torch.Tensor | None, device: torch.device) -> _Dropout:
-    if p == 0.0 or seed is None:
-        return _Dropout(torch.empty(0, dtype=torch.int64, device=device), 0, 1.0)
-    if seed.device != device:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"projected_lora: seed is on {seed.device}, and a CUDA graph would drop the same entries in every "
-                f"replay; pass a tensor on {device} and change it in place between replays"
-            )
-        seed = seed.to(device, non_blocking=True)
-    return _Dropout(seed, min(round(p * 2**31), 2**31 - 1), 1.0 / (1.0 - p))
-
-
-def _library_from(dtype: torch.dtype, chip: str) -> int:
-    """The number of products in a sum from which PyTorch's product and ``addmm_`` are taken for the base product.
-
-    Nothing was timed: this weighs peaks. A kernel with the update inside saves writing and reading y once more, in 16
-    bits a share 2·peak/(bandwidth·K) of the product's time: 306/K on an A100, 590/K on an H100, 562/K on a B200,
-    493/K on an MI300X. That is taken to outweigh the library's lead where mma.sync feeds the tensor cores, which
-    compiled kernels use as well as the library (15% at K = 2048), and up to half that K elsewhere (48% and more).
-    Three products of TF32 outrun one of float32, but not one of TF32 where the user allows those.
-    """
-    if dtype == torch.float32 and chip.startswith("sm"):
-        return 0 if _allows_tf32() else 2**31
-    return 2049 if chip in ("sm80", "sm89", "sm120") else 1025
-
-
-def _allows_tf32() -> bool:
-    settings = torch.backends.cuda.matmul
-    # From torch 2.9 on reading the older setting raises where the two differ.
-    return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
-
-
-_FEW = 64  # tokens: fewer do not fill a tile, and the library splits K for them
-
-
 def _linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -203,28 +159,24 @@ def _linear(
     h: torch.Tensor,
     up: torch.Tensor,
     dropped: int = 0,
-    dropout: _Dropout | None = None,
+    dropout: Dropout | None = None,
 ) -> torch.Tensor:
     """``x Wᵀ + bias + h up``, with dropout's mask and factor on what the first ``dropped`` rows of up add."""
     (T, K), N = x.shape, weight.shape[0]
     kernel, chip = _name("linear", x), target(x.device)
     assert chip is not None
-    dropout = dropout or _dropout(0.0, None, x.device)
+    dropout = dropout or dropout_of(0.0, None, x.device)
     tiles = blocks(T, 128) * blocks(N, 128)
+
+    def update(*arguments: Any) -> None:
+        partial(_tiles, choose(kernel, x.device, (0, tiles)), add=True)(*arguments)
 
     def form(row: Row) -> torch.Tensor:
         if row.constants:
             return _tiles(row, x, weight, bias, h, up, x.new_empty((T, N)), dropped, dropout)
-        y = F.linear(x, weight, bias)
-        if dropped < len(up):
-            y.addmm_(h[:, dropped:], up[dropped:])
-        if dropped:
-            row = choose(kernel, x.device, (0, tiles))
-            _tiles(row, x[:, :0], weight[:, :0], None, h[:, :dropped], up[:dropped], y, dropped, dropout, add=True)
-        return y
+        return gpu.by_library(update, x, weight, bias, h, up, dropped, dropout)
 
-    least = (_library_from(x.dtype, chip),) if T >= _FEW else ()
-    library = Row(kernel, (chip,), {}, warps=0, stages=0, least=least)
+    library = Row(kernel, (chip,), {}, warps=0, stages=0, least=(gpu.library_from(x.dtype, T, chip),))
     return form(choose(kernel, x.device, (K, tiles, T), form, (library, *rows_for(kernel, chip))))
 
 
@@ -237,7 +189,7 @@ def _tiles(
     up: torch.Tensor,
     y: torch.Tensor,
     dropped: int,
-    dropout: _Dropout,
+    dropout: Dropout,
     add: bool = False,
 ) -> torch.Tensor:
     (T, K), (N, _), R = x.shape, weight.shape, up.shape[0]
@@ -255,9 +207,9 @@ def _tiles(
 
 
 def _down(
-    x: torch.Tensor, w: torch.Tensor, dropout: _Dropout, h: torch.Tensor | None = None
+    x: torch.Tensor, w: torch.Tensor, dropout: Dropout, h: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``drop(x) wᵀ`` in x's dtype. Given h, without dropout, and what adds up to ``hᵀ x`` by blocks of tokens."""
+    """``drop(x) wᵀ`` in x's dtype. Given h, without dropout, and ``hᵀ x``."""
     (T, d), R, r = x.shape, w.shape[0], 0 if h is None else h.shape[1]
     row = choose(_name("down", x), x.device)
     high = blocks(T, row.constants["BLOCK_T"])
@@ -273,10 +225,10 @@ def _down(
         "threshold": dropout.threshold, "factor": dropout.factor,
     }  # fmt: skip
     launch(down, row, programs * slices, arguments, OUTER=h is not None)
-    return (H[0] if slices == 1 else H.sum(0)).to(x.dtype), OUT
+    return (H[0] if slices == 1 else H.sum(0)).to(x.dtype), OUT.sum(0)
 
 
-def _outer(e: torch.Tensor, x: torch.Tensor, dropout: _Dropout | None = None) -> torch.Tensor:
+def _outer(e: torch.Tensor, x: torch.Tensor, dropout: Dropout | None = None) -> torch.Tensor:
     """``eᵀ drop(x)`` (r, d) in float32."""
     (T, d), r = x.shape, e.shape[1]
     row = choose(_name("outer", x), x.device)
@@ -284,7 +236,7 @@ def _outer(e: torch.Tensor, x: torch.Tensor, dropout: _Dropout | None = None) ->
     slices = max(1, min(_PROGRAMS // max(1, programs), T // _LEAST_TOKENS))
     OUT = x.new_empty((slices, r, d), dtype=torch.float32)
     drops = dropout is not None and dropout.threshold > 0
-    dropout = dropout or _dropout(0.0, None, x.device)
+    dropout = dropout or dropout_of(0.0, None, x.device)
     arguments = {
         "E": e, "X": x, "OUT": OUT, "SEED": dropout.seed, "T": T, "d": d, "r": r, "slices": slices,
         "stride_e": e.stride(0), "stride_x": x.stride(0), "threshold": dropout.threshold, "factor": dropout.factor,
@@ -309,57 +261,5 @@ def _fold(A: torch.Tensor, basis: torch.Tensor | None, complement: bool, dtype: 
     return A_P
 
 
-def _rows_of_up(scale: float, lora_B: torch.Tensor, layer: reference.Layer) -> torch.Tensor:
-    """``(scale · B)ᵀ`` (r, d_out) in the dtype of x: with contiguous rows it serves ``h up`` and ``dy upᵀ``."""
-    B = reference.spread(lora_B, layer.output_sizes)
-    return torch.mul(B.T, scale, out=B.new_empty(B.T.shape, dtype=layer.weight.dtype))
-
-
-def forward(
-    x: torch.Tensor, bias: torch.Tensor | None, layer: reference.Layer
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed, _ = layer
-    tokens, r, dtype = unit_inner(rows(x)), lora_A.shape[0], x.dtype
-    A_P = _fold(lora_A, basis, complement, dtype)
-    down, up = A_P, _rows_of_up(scale, lora_B, layer)
-    if frozen_A is not None and frozen_B is not None:
-        down = torch.cat([A_P, frozen_A.to(dtype)])
-        up = torch.cat([up, _rows_of_up(-scale, frozen_B, layer)])
-    if dropout == 0.0:
-        h = F.linear(tokens, down)
-    else:  # the frozen pair, if there is one, takes x as it is
-        h, _ = _down(tokens, A_P, _dropout(dropout, seed, x.device))
-        if len(down) > r:
-            h = torch.cat([h, F.linear(tokens, down[r:])], dim=1)
-    y = _linear(tokens, weight, bias, h, up)
-    shape = x.shape[:-1]
-    return y.view(*shape, y.shape[1]), h[:, :r].contiguous().view(*shape, r), A_P
-
-
-def backward(
-    dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A_P: torch.Tensor, layer: reference.Layer, needs: list[bool]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed, sizes = layer
-    grad, h, r = unit_inner(rows(dy)), rows(h), lora_A.shape[0]
-    drop = _dropout(dropout, seed, x.device)
-    needs_x, needs_A, needs_B = needs
-    dx, dA, dB, dh = (dy.new_empty(0) for _ in range(4))
-    up, down = A_P, _rows_of_up(scale, lora_B, layer)
-    if needs_x and frozen_A is not None and frozen_B is not None:
-        up = torch.cat([A_P, frozen_A.to(x.dtype)])
-        down = torch.cat([down, _rows_of_up(-scale, frozen_B, layer)])
-    if needs_B and (needs_x or needs_A) and _one_pass(grad, r):
-        dh, parts = _down(grad, down, _dropout(0.0, None, x.device), h)
-        dB = parts.sum(0)
-    else:
-        if needs_x or needs_A:
-            dh = F.linear(grad, down)
-        if needs_B:
-            dB = _outer(h, grad)
-    if needs_x:
-        dx = _linear(grad, weight.T, None, dh, up, r if dropout else 0, drop).view(x.shape)
-    if needs_A:
-        dA = _fold(_outer(dh[:, :r], unit_inner(rows(x)), drop), basis, complement, lora_A.dtype)
-    if needs_B:
-        dB = torch.mul(reference.gather(dB.T, sizes), scale, out=lora_B.new_empty(lora_B.shape))
-    return dx, dA, dB
+_PASSES = gpu.Passes(_linear, _down, _outer, _fold, _one_pass)
+forward, backward = partial(gpu.forward, _PASSES), partial(gpu.backward, _PASSES)
