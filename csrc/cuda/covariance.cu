@@ -76,32 +76,32 @@ __global__ void __launch_bounds__(Layout<E>::Tile::threads, 2) add_tiles(const _
     int i, j;
     lower_tile(block % tiles, high, i, j);
     const int row = i * T::m, col = j * T::n;
-    const View<E> x(item.x, item.tokens, item.d, item.stride_x);
+    const int in_slice = blocks(blocks(item.tokens, T::k), item.slices) * T::k, token = slice * in_slice;
+    const View<E> x(static_cast<const E*>(item.x) + static_cast<int64_t>(token) * item.stride_x,
+                    min(item.tokens - token, in_slice), item.d, item.stride_x);
     E* memory = reinterpret_cast<E*>(shared_memory());
 
-    // The mask of the next copy is read one step before it, so that no copy waits for it.
-    uint32_t counts = 0;  // one bit for each 16 bytes
-    const auto first_token = [&](int step) { return (step * item.slices + slice) * T::k; };
+    // The mask of the next copy is read one step before it, so that no copy waits for it: a bit for each 16 bytes.
+    uint32_t counts = 0;
     const auto read_mask = [&](int step) {
         if (item.mask == nullptr) return;
         counts = 0;
         each_chunk<P, E, T::threads>([&](int i, int r, int) {
-            const int64_t token = static_cast<int64_t>(first_token(step)) + r;
-            if (token < item.tokens) counts |= static_cast<uint32_t>(load(item.mask + token) != 0) << i;
+            r += step * T::k;
+            if (r < x.rows) counts |= static_cast<uint32_t>(load(item.mask + token + r) != 0) << i;
         });
     };
     const auto copy = [&](int step, int stage) {
-        const auto counted = [&](int i, int) { return item.mask == nullptr || (counts >> i & 1); };
+        const auto counted = [&](int i, int) { return item.mask == nullptr || (counts >> i & 1) != 0; };
         E* to = memory + stage * 2 * P::size;
-        copy_part<P, T::threads>(to, x, first_token(step), row, counted);
-        if (i != j) copy_part<P, T::threads>(to + P::size, x, first_token(step), col, counted);
+        copy_part<P, T::threads>(to, x, step * T::k, row, counted);
+        if (i != j) copy_part<P, T::threads>(to + P::size, x, step * T::k, col, counted);
         read_mask(step + 1);
     };
     Sums<T> total;
-    const int all = blocks(item.tokens, T::k), steps = all > slice ? blocks(all - slice, item.slices) : 0;
     read_mask(0);
     pipeline<T>(
-        steps, copy, [](int, int) {},
+        blocks(max(x.rows, 0), T::k), copy, [](int, int) {},
         [&](int, int stage) {
             const E* a = memory + stage * 2 * P::size;
             multiply_exactly<T, P, P>(total, a, i == j ? a : a + P::size);

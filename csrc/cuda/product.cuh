@@ -205,15 +205,15 @@ __device__ __forceinline__ void multiply(Sums<T>& sums, const E* a, const E* b) 
     const Place<T> warp;
 #pragma unroll
     for (int k = 0; k < T::k; k += 16) {
-        uint32_t left[T::warp_m / 16][4], right[T::warp_n / 8][2];
-#pragma unroll
-        for (int i = 0; i < T::warp_m / 16; ++i) read_left<PA>(left[i], a, warp.m + 16 * i, k);
+        uint32_t right[T::warp_n / 8][2];
 #pragma unroll
         for (int j = 0; j < T::warp_n / 8; j += 2) read_right<PB>(right[j], right[j + 1], b, warp.n + 8 * j, k);
 #pragma unroll
         for (int i = 0; i < T::warp_m / 16; ++i) {
+            uint32_t left[4];
+            read_left<PA>(left, a, warp.m + 16 * i, k);
 #pragma unroll
-            for (int j = 0; j < T::warp_n / 8; ++j) mma<E>(sums.of[i][j], left[i], right[j]);
+            for (int j = 0; j < T::warp_n / 8; ++j) mma<E>(sums.of[i][j], left, right[j]);
         }
     }
 }
@@ -234,18 +234,16 @@ __device__ __forceinline__ void multiply_exactly(Sums<T>& sums, const E* a, cons
     }
 #pragma unroll
     for (int i = 0; i < T::warp_m / 16; ++i) {
-        float row[T::warp_n / 8][4] = {};
+        uint32_t left[T::k / 16][4];
 #pragma unroll
-        for (int k = 0; k < T::k; k += 16) {
-            uint32_t left[4];
-            read_left<PA>(left, a, warp.m + 16 * i, k);
-#pragma unroll
-            for (int j = 0; j < T::warp_n / 8; ++j) mma<E>(row[j], left, right[k / 16][j]);
-        }
+        for (int k = 0; k < T::k; k += 16) read_left<PA>(left[k / 16], a, warp.m + 16 * i, k);
 #pragma unroll
         for (int j = 0; j < T::warp_n / 8; ++j) {
+            float product[4] = {};
 #pragma unroll
-            for (int e = 0; e < 4; ++e) sums.of[i][j][e] += row[j][e];
+            for (int k = 0; k < T::k; k += 16) mma<E>(product, left[k / 16], right[k / 16][j]);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums.of[i][j][e] += product[e];
         }
     }
 }
@@ -257,11 +255,13 @@ __device__ __forceinline__ void split(float x, uint32_t& high, uint32_t& low) {
     low = bits_of(to_tf32(x - rough));
 }
 
-// The same in float32, as three products of TF32: what is left out is 2⁻²² of the largest term.
+// The same in float32, as three products of TF32: what is left out is 2⁻²² of the largest term. Those with a low part
+// are added apart, so that no more is truncated than in one product.
 template <class T, class PA, class PB>
-__device__ __forceinline__ void multiply(Sums<T>& sums, const float* a, const float* b) {
+__device__ __forceinline__ void multiply_exactly(Sums<T>& sums, const float* a, const float* b) {
     const Place<T> warp;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    Sums<T> high, low;
 #pragma unroll
     for (int k = 0; k < T::k; k += 8) {
         uint32_t high_a[T::warp_m / 16][4], low_a[T::warp_m / 16][4], high_b[T::warp_n / 8][2], low_b[T::warp_n / 8][2];
@@ -284,19 +284,14 @@ __device__ __forceinline__ void multiply(Sums<T>& sums, const float* a, const fl
         for (int i = 0; i < T::warp_m / 16; ++i) {
 #pragma unroll
             for (int j = 0; j < T::warp_n / 8; ++j) {
-                mma<float>(sums.of[i][j], low_a[i], high_b[j]);
-                mma<float>(sums.of[i][j], high_a[i], low_b[j]);
-                mma<float>(sums.of[i][j], high_a[i], high_b[j]);
+                mma<float>(low.of[i][j], low_a[i], high_b[j]);
+                mma<float>(low.of[i][j], high_a[i], low_b[j]);
+                mma<float>(high.of[i][j], high_a[i], high_b[j]);
             }
         }
     }
-}
-
-template <class T, class PA, class PB>
-__device__ __forceinline__ void multiply_exactly(Sums<T>& sums, const float* a, const float* b) {
-    Sums<T> step;
-    multiply<T, PA, PB>(step, a, b);
-    sums.add(step);
+    high.add(low);
+    sums.add(high);
 }
 
 }  // namespace guardspace
