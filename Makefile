@@ -30,7 +30,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 	echo "Installing into $(VENV), once; this takes a minute or two"; \
 	$(BIN)/python -m pip install -qq --disable-pip-version-check $${index:+--extra-index-url "$$index"} \
 	    -c constraints.txt -e ".[test,demo,lint]"
-	@$(BIN)/guardspace env | grep '^cpu extension  '
+	@$(BIN)/guardspace env | grep -E '^(cpu extension|cuda kernels)  '
 	@touch $@
 
 install: $(VENV)/installed

@@ -1,9 +1,12 @@
-"""Builds guardspace_kernels._cpu, the C++ kernels; everything else about the package is in pyproject.toml.
+"""Builds guardspace_kernels._cpu, the C++ kernels, and _cuda.so, the CUDA kernels; everything else about the package is
+in pyproject.toml.
 
-The kernels are compiled once per instruction set, by ninja, without torch. Where that cannot be done the installation
-succeeds all the same: the ops run on plain PyTorch, and ``guardspace env`` tells the reason, which is left in
-_build_info.json beside the module because pip shows no output of a build that succeeds. GUARDSPACE_REQUIRE_EXT=1 makes
-it an error. CXX, CPPFLAGS, CXXFLAGS and LDFLAGS mean what they mean to make; flags given there win over ours.
+The C++ kernels are compiled once per instruction set, the CUDA kernels by nvcc where it is found, by ninja, without
+torch. Where that cannot be done the installation succeeds all the same: the ops run on what is there, and ``guardspace
+env`` tells the reason, which is left in _build_info.json beside the module because pip shows no output of a build that
+succeeds. GUARDSPACE_REQUIRE_EXT=1 makes an error of it for the C++ kernels, GUARDSPACE_CUDA=1 for the CUDA kernels;
+GUARDSPACE_CUDA=0 leaves them out. CXX, CPPFLAGS, CXXFLAGS and LDFLAGS mean what they mean to make; flags given there
+win over ours.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -36,6 +41,10 @@ DISPATCH = Path("csrc/cpu/dispatch.cpp")
 BINDINGS = Path("csrc/bindings_cpu.cpp")
 KERNELS = sorted(set(Path("csrc/cpu").glob("*.cpp")) - {DISPATCH})  # each compiled once per instruction set
 HEADERS = sorted(Path("csrc").rglob("*.h"))
+CUDA_KERNELS = sorted(Path("csrc/cuda").glob("*.cu"))
+CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc/cuda"]
+#: Code is built for these; drivers of other chips compile the PTX that comes with it.
+CUDA_CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 BUILD_INFO = "_build_info.json"
 
 
@@ -63,6 +72,23 @@ class Toolchain:
             "openmp": self.openmp,
             "notes": self.notes,
         }
+
+
+@dataclass
+class CudaToolchain:
+    """An nvcc that works, and the chips that it knows."""
+
+    nvcc: str
+    chips: list[str]
+
+    @property
+    def flags(self) -> list[str]:
+        # One PTX for all chips: it needs nothing that sm_80 lacks, and to make it takes most of the time.
+        return [*CUDA_FLAGS, f"-gencode=arch=compute_80,code=[{','.join([*self.chips, 'compute_80'])}]"]
+
+    def info(self) -> dict[str, object]:
+        version = re.search(r"release [\d.]+", _run([self.nvcc, "--version"]).stdout)
+        return {"nvcc": version[0] if version else self.nvcc, "chips": self.chips}
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -142,6 +168,27 @@ def probe_compiler() -> Toolchain:
     return tools
 
 
+def probe_nvcc() -> CudaToolchain:
+    """Finds nvcc and tries whether it gets along with its host compiler."""
+    if os.environ.get("GUARDSPACE_CUDA") == "0":
+        raise NotBuilt("GUARDSPACE_CUDA is 0")
+    folders = [Path(home, "bin") for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(map(str, folders))) if folders else None
+    nvcc = nvcc or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None or sys.platform != "linux":
+        raise NotBuilt("nvcc was not found in CUDA_HOME/bin or on PATH; install the CUDA toolkit, 11.8 or newer")
+    known = _run([nvcc, "--list-gpu-code"]).stdout.split()
+    tools = CudaToolchain(nvcc, [chip for chip in CUDA_CHIPS if chip in known])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "probe.cu")
+        file.write_text("__global__ void probe() {}\n", encoding="utf-8")
+        run = _run([nvcc, *tools.flags, "-c", str(file), "-o", str(Path(folder, "probe.o"))])
+        if run.returncode:
+            wrong = complaint(run.stdout + run.stderr, run.returncode)
+            raise NotBuilt(f"{nvcc} does not work: {wrong}; NVCC_CCBIN names another host compiler")
+    return tools
+
+
 def find_ninja() -> str:
     """PyPI's before the system's: two versions that take turns would not read each other's logs, and compile anew."""
     try:
@@ -166,30 +213,51 @@ def _escaped(path: object) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-def build_graph(tools: Toolchain, folder: Path, module: Path) -> str:
-    """The text of build.ninja, which compiles into ``folder`` and links ``module``."""
+def _variable(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
 
-    def variable(words: list[str]) -> str:
-        return shlex.join(words).replace("$", "$$")
 
+def cuda_graph(tools: CudaToolchain, folder: Path, library: Path) -> str:
+    """As ``build_graph``; nothing but the functions of guardspace_cuda.h is visible in ``library``."""
     lines = [
         f"builddir = {_escaped(folder)}",
-        f"cxx = {variable(tools.compiler)}",
-        f"flags = {variable(tools.flags)}",
+        f"nvcc = {_variable([tools.nvcc])}",
+        "rule compile",
+        f"  command = $nvcc {_variable(tools.flags)} -MD -MF $out.d -c $in -o $out",
+        "  description = $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $nvcc -shared -cudart static -Xlinker --exclude-libs=ALL $in -o $out",
+        "  description = $out",
+    ]
+    objects = [_escaped(folder / f"{source.stem}.o") for source in CUDA_KERNELS]
+    for source, made in zip(CUDA_KERNELS, objects, strict=True):
+        lines.append(f"build {made}: compile {_escaped(source)}")
+    lines.append(f"build {_escaped(library)}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def build_graph(tools: Toolchain, folder: Path, module: Path) -> str:
+    """The text of build.ninja, which compiles into ``folder`` and links ``module``."""
+    lines = [
+        f"builddir = {_escaped(folder)}",
+        f"cxx = {_variable(tools.compiler)}",
+        f"flags = {_variable(tools.flags)}",
         "rule compile",
         "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
         "  description = $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx $in -o $out {variable(tools.link_flags)}",
+        f"  command = $cxx $in -o $out {_variable(tools.link_flags)}",
         "  description = $out",
     ]
     objects = []
 
     def compile(source: Path, name: str, more: list[str]) -> None:
         objects.append(_escaped(folder / f"{name}.o"))
-        lines.extend([f"build {objects[-1]}: compile {_escaped(source)}", f"  more = {variable(more)}"])
+        lines.extend([f"build {objects[-1]}: compile {_escaped(source)}", f"  more = {_variable(more)}"])
 
     for source in KERNELS:
         for isa, flags in tools.isas.items():
@@ -200,20 +268,14 @@ def build_graph(tools: Toolchain, folder: Path, module: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def build_module(folder: Path, jobs: int | None) -> tuple[Path, dict[str, object]]:
-    """Compiles what has changed since the last time; the module in ``folder``, and what it was built with."""
-    tools = probe_compiler()
-    ninja, headers = find_ninja(), pybind11_headers()
-    folder.mkdir(parents=True, exist_ok=True)
-    module = folder / "_cpu.so"
-    graph = folder / "build.ninja"
-    graph.write_text(build_graph(tools, folder, module), encoding="utf-8")
-    # By the environment and not by a flag: in an isolated build pybind11 lies elsewhere every time, and another command
-    # would compile the bindings again.
-    include = os.pathsep.join(filter(None, [headers, os.environ.get("CPLUS_INCLUDE_PATH")]))
+def run_ninja(graph: Path, text: str, jobs: int | None, **environment: str) -> None:
+    """Builds all that has changed since the last time."""
+    ninja = find_ninja()
+    graph.parent.mkdir(parents=True, exist_ok=True)
+    graph.write_text(text, encoding="utf-8")
     process = subprocess.Popen(
         [ninja, "-f", str(graph), *(["-j", str(jobs)] if jobs else [])],
-        env={**os.environ, "LC_ALL": "C", "CPLUS_INCLUDE_PATH": include},
+        env={**os.environ, "LC_ALL": "C", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -226,7 +288,25 @@ def build_module(folder: Path, jobs: int | None) -> tuple[Path, dict[str, object
     if process.wait():
         wrong = complaint("".join(output), process.returncode)
         raise NotBuilt(f"the compilation failed: {wrong}; pip install -v shows all of it")
+
+
+def build_module(folder: Path, jobs: int | None) -> tuple[Path, dict[str, object]]:
+    """The C++ kernels in ``folder``, and what they were built with."""
+    tools = probe_compiler()
+    module = folder / "_cpu.so"
+    # By the environment and not by a flag: in an isolated build pybind11 lies elsewhere every time, and another command
+    # would compile the bindings again.
+    include = os.pathsep.join(filter(None, [pybind11_headers(), os.environ.get("CPLUS_INCLUDE_PATH")]))
+    run_ninja(folder / "build.ninja", build_graph(tools, folder, module), jobs, CPLUS_INCLUDE_PATH=include)
     return module, tools.info()
+
+
+def build_cuda(folder: Path, jobs: int | None) -> tuple[Path, dict[str, object]]:
+    """The same of the CUDA kernels."""
+    tools = probe_nvcc()
+    library = folder / "_cuda.so"
+    run_ninja(folder / "build.ninja", cuda_graph(tools, folder, library), jobs)
+    return library, tools.info()
 
 
 class BuildExt(build_ext):
@@ -236,33 +316,41 @@ class BuildExt(build_ext):
             self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
 
     def _outputs(self) -> list[Path]:
-        """The module, which may not exist, and the information about it, in ``build_lib``."""
+        """Both libraries, which may not exist, and the information about them, in ``build_lib``."""
         module = Path(self.build_lib, self.get_ext_filename("guardspace_kernels._cpu"))
-        return [module, module.with_name(BUILD_INFO)]
+        return [module, module.with_name("_cuda.so"), module.with_name(BUILD_INFO)]
 
     def _in_source_tree(self, output: Path) -> Path:
         return Path(self.get_finalized_command("build_py").get_package_dir("guardspace_kernels"), output.name)
 
     def build_extension(self, ext: Extension) -> None:
-        ext.optional = os.environ.get("GUARDSPACE_REQUIRE_EXT", "0") in ("", "0")
-        target, info_file = self._outputs()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # of an earlier build: better no module than one of other sources
+        module, library, info_file = self._outputs()
+        info_file.parent.mkdir(parents=True, exist_ok=True)
         info: dict[str, object] = {"version": self.distribution.get_version()}
+        folder = Path(self.build_temp)
+        info |= self._built(ext, "C++", "GUARDSPACE_REQUIRE_EXT", build_module, folder, module)
+        info["cuda"] = self._built(ext, "CUDA", "GUARDSPACE_CUDA", build_cuda, folder / "cuda", library)
+        info_file.write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+
+    def _built(
+        self, ext: Extension, kind: str, variable: str, build: Callable[..., Any], folder: Path, target: Path
+    ) -> dict[str, object]:
+        """What ``target`` was built with, or why it was not: an error if ``variable`` is 1."""
+        target.unlink(missing_ok=True)  # of an earlier build: better none than one of other sources
         try:
-            module, built_with = build_module(Path(self.build_temp), self.parallel)
-            shutil.copy2(module, target)
-            info |= built_with
+            made, info = build(folder, self.parallel)
         except NotBuilt as reason:
+            ext.optional = os.environ.get(variable, "0") in ("", "0", "auto")
             if not ext.optional:
-                raise CompileError(f"GUARDSPACE_REQUIRE_EXT is set, but {reason}") from None
-            info["not_built"] = str(reason)
+                raise CompileError(f"{variable} is set, but {reason}") from None
             print(
-                f"\nguardspace_kernels is installed without its C++ kernels: {reason}.\n"
-                "All ops run on plain PyTorch. With that mended, install again; `guardspace env` tells what is used.\n",
+                f"\nguardspace_kernels is installed without its {kind} kernels: {reason}.\n"
+                "The ops run on what is there. With that mended, install again; `guardspace env` tells what is used.\n",
                 file=sys.stderr,
             )
-        info_file.write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+            return {"not_built": str(reason)}
+        shutil.copy2(made, target)
+        return info
 
     def copy_extensions_to_source(self) -> None:
         for output in self._outputs():

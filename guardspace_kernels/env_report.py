@@ -59,6 +59,16 @@ def cpu_extension() -> list[tuple[str, str]]:
     ]
 
 
+def cuda_kernels() -> tuple[str, str]:
+    """The row about the CUDA kernels: what they were built with, or why there are none."""
+    config = build_config()
+    config = config.get("cuda", config)
+    if "not_built" in config:
+        return "cuda kernels", f"not built: {config['not_built']}; then install guardspace_kernels again"
+    chips, nvcc = (config.get(key, f"unknown {key}") for key in ("chips", "nvcc"))
+    return "cuda kernels", f"built for {', '.join(chips)} by nvcc, {nvcc}"
+
+
 def environment_report() -> str:
     """Versions, CPU features, GPUs, and each backend with the reason why it is or is not used."""
     rows = [
@@ -69,6 +79,7 @@ def environment_report() -> str:
         ("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {' '.join(cpu_flags()) or 'flags unknown'}"),
         ("torch cpu level", torch.backends.cpu.get_cpu_capability()),
         *cpu_extension(),
+        cuda_kernels(),
     ]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):

@@ -38,7 +38,13 @@ def build() -> None:
     """A sanitized copy of the package, so that the one in use stays as it is."""
     shutil.rmtree(BUILD / "lib", ignore_errors=True)  # modules that no longer exist; the objects are kept
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", PACKAGE.parent, "--build-temp", BUILD / "temp"]
-    environment = {**os.environ, "CXX": COMPILER, "CXXFLAGS": FLAGS, "GUARDSPACE_REQUIRE_EXT": "1"}
+    environment = {
+        **os.environ,
+        "CXX": COMPILER,
+        "CXXFLAGS": FLAGS,
+        "GUARDSPACE_REQUIRE_EXT": "1",
+        "GUARDSPACE_CUDA": "0",
+    }
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
 

@@ -19,6 +19,8 @@ import pytest
 import torch
 from backends import extension, require_extension
 
+from guardspace_kernels.ops import _cuda
+
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shlex.split(os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), ""))
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -75,7 +77,9 @@ def build(tree, hook="inplace", **environment):
     else:
         command = ["-c", f"from setuptools import build_meta as b; b.build_{hook}('out')"]
     (tree / "out").mkdir(exist_ok=True)
-    return run(sys.executable, *command, CWD=tree, **{"GUARDSPACE_REQUIRE_EXT": None, **environment})
+    return run(
+        sys.executable, *command, CWD=tree, **{"GUARDSPACE_REQUIRE_EXT": None, "GUARDSPACE_CUDA": "0", **environment}
+    )
 
 
 NO_COMPILER = {"CXX": None, "PATH": "/nonexistent"}
@@ -110,7 +114,7 @@ def test_pip_installs_without_a_compiler(tree, hook):
         info = wheel.read(INFO)
     else:
         info = (tree / INFO).read_text()
-    assert json.loads(info).keys() == {"version", "not_built"}
+    assert json.loads(info).keys() == {"version", "not_built", "cuda"}
 
 
 @pytest.mark.parametrize("environment, reason", REASONS, ids=["none", "fails", "missing"])
@@ -166,6 +170,122 @@ def test_a_compiler_without_openmp_or_an_instruction_set_builds_the_rest(recipe,
     assert "build a$ b/_cpu.so: link a$ b/covariance.baseline.o" in graph
 
 
+NVCC = """#!/bin/sh
+case "$*" in
+    --version) echo "Cuda compilation tools, release 11.8, V11.8.89";;
+    --list-gpu-code) printf 'sm_70\\nsm_80\\nsm_86\\nsm_90\\n';;
+    *{failing}*) echo "error: {complaint}" >&2; exit 1;;
+    *) for last; do :; done; echo "$@" > "$last";;
+esac
+"""
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path):
+    """The environment of a build without a C++ compiler and with an nvcc which writes its arguments instead of code."""
+
+    def make(failing="never", complaint=""):
+        folder = tmp_path / "cuda" / "bin"
+        folder.mkdir(parents=True)
+        (folder / "nvcc").write_text(NVCC.format(failing=failing, complaint=complaint))
+        (folder / "nvcc").chmod(0o755)
+        tools = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+        return {"CXX": "/bin/false", "CUDA_HOME": str(folder.parent), "GUARDSPACE_CUDA": None, "PATH": tools}
+
+    return make
+
+
+def cuda_info(tree):
+    return json.loads((tree / INFO).read_text())["cuda"]
+
+
+def test_nvcc_builds_for_the_chips_that_it_knows_whatever_becomes_of_the_cpp_kernels(tree, fake_nvcc):
+    result = build(tree, **fake_nvcc())
+    assert result.returncode == 0, result.stderr
+    assert cuda_info(tree) == {"nvcc": "release 11.8", "chips": ["sm_80", "sm_86", "sm_90"]}
+    linked = (tree / "guardspace_kernels" / "_cuda.so").read_text()
+    assert "-shared -cudart static" in linked and "--exclude-libs=ALL" in linked
+    for source in (tree / "csrc" / "cuda").glob("*.cu"):
+        made = re.search(rf"\S*/{source.stem}\.o", linked)[0]
+        command = (tree / made).read_text()
+        assert "-gencode=arch=compute_80,code=[sm_80,sm_86,sm_90,compute_80]" in command and str(source.name) in command
+
+
+FAILURES = [
+    ("probe.cu", "does not work: error: unsupported GNU"),
+    ("covariance.cu", "compilation failed: .*unsupported"),
+]
+
+
+@pytest.mark.parametrize("failing, reason", FAILURES, ids=["probe", "kernel"])
+@pytest.mark.parametrize("required", ["auto", "1"])
+def test_an_nvcc_that_fails_is_a_reason_or_an_error(tree, fake_nvcc, failing, reason, required):
+    stale = tree / "guardspace_kernels" / "_cuda.so"
+    stale.write_text("of an earlier build")
+    result = build(tree, **{**fake_nvcc(failing, "unsupported GNU version"), "GUARDSPACE_CUDA": required})
+    if required == "1":
+        assert result.returncode == 1 and re.search(f"GUARDSPACE_CUDA is set, but .*{reason}", result.stderr)
+    else:
+        assert result.returncode == 0 and re.search(reason, cuda_info(tree)["not_built"]) and not stale.exists()
+        assert re.search(f"installed without its CUDA kernels: .*{reason}", result.stderr)
+
+
+def test_without_nvcc_or_where_they_are_not_wanted_there_are_no_cuda_kernels(tree, fake_nvcc):
+    assert build(tree, **{**fake_nvcc(), "GUARDSPACE_CUDA": "0"}).returncode == 0
+    assert cuda_info(tree) == {"not_built": "GUARDSPACE_CUDA is 0"}
+
+
+def test_where_nvcc_is_looked_for(recipe, monkeypatch):
+    monkeypatch.delenv("GUARDSPACE_CUDA", raising=False)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    asked = []
+    monkeypatch.setattr(recipe.shutil, "which", lambda name, path=None: asked.append((name, path)))
+    with pytest.raises(recipe.NotBuilt, match="nvcc was not found in CUDA_HOME/bin or on PATH; install the CUDA"):
+        recipe.probe_nvcc()
+    assert asked == [("nvcc", None), ("nvcc", "/usr/local/cuda/bin")]
+
+
+needs_cuda_library = pytest.mark.skipif(_cuda.library is None, reason="the CUDA kernels are not built")
+
+
+@needs_cuda_library
+@pytest.mark.skipif(not shutil.which("readelf") or not shutil.which("nm"), reason="needs binutils")
+def test_the_cuda_library_shows_its_functions_alone_and_needs_no_part_of_cuda():
+    path = _cuda.library._name
+    exported = {line.split()[-1] for line in output("nm", "-D", "--defined-only", path).splitlines()}
+    assert exported == {f"guardspace_cuda_{name}" for name in _cuda._FUNCTIONS}
+    assert not re.findall(r"NEEDED.*\[(lib(?:cu|torch|c10|python|gomp).*)\]", output("readelf", "--dynamic", path))
+
+
+PROGRAM = """
+#include <stdio.h>
+#include "guardspace_cuda.h"
+
+int main(void) {
+    int count = -1, error = guardspace_cuda_device_count(&count);
+    guardspace_lora_outer call = {0};
+    call.dtype = 9;
+    printf("%d\\n%s\\n", error != 0, error ? guardspace_cuda_error_text(error) : "");
+    error = guardspace_cuda_lora_outer(&call, 1.0f, NULL, 0, NULL);
+    printf("%d\\n%s\\n", error, guardspace_cuda_error_text(error));
+    return 0;
+}
+"""
+
+
+@needs_cuda_library
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
+def test_a_c_program_calls_the_library(tmp_path):
+    (tmp_path / "program.c").write_text(PROGRAM)
+    library, program = _cuda.library._name, tmp_path / "program"
+    flags = ["-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror", f"-I{ROOT / 'csrc' / 'cuda'}"]
+    output("gcc", *flags, tmp_path / "program.c", library, "-o", program)
+    failed, text, *wrong = output(program, LD_LIBRARY_PATH=str(Path(library).parent)).splitlines()
+    assert failed == str(int(bool(_cuda.no_driver()))) and text == _cuda.no_driver()
+    assert wrong == ["-1", "lora_outer: items[0]: dtype is 9; 1 (float32), 2 (float16) or 3 (bfloat16) was expected"]
+
+
 @needs_compiler
 def test_the_flags_of_the_environment_come_last(recipe, monkeypatch):
     for name, value in {"CPPFLAGS": "-DONE", "CXXFLAGS": "-O1 -DTWO='a b'", "LDFLAGS": "-L/some/where"}.items():
@@ -198,7 +318,7 @@ def objects(recipe, tmp_path):
     """The folder of the objects that an installation of this source tree leaves, brought up to date."""
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib"]
     for _ in range(2):
-        text = output(*command, GUARDSPACE_REQUIRE_EXT="1")
+        text = output(*command, GUARDSPACE_REQUIRE_EXT="1", GUARDSPACE_CUDA="0")
     assert "no work to do" in text  # the second time
     tools = json.loads((tmp_path / "lib" / INFO).read_text())
     assert list((tmp_path / "lib").glob(MODULE))

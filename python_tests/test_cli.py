@@ -71,6 +71,7 @@ CONFIG = {
     "isas": ["baseline", "avx2"],
     "openmp": True,
     "notes": ["without avx512_bf16: unknown option"],
+    "cuda": {"nvcc": "release 13.0", "chips": ["sm_80", "sm_90"]},
 }
 
 
@@ -119,6 +120,14 @@ def test_env_says_why_there_is_no_cpu_extension(extension, monkeypatch):
             "not built: no C++ compiler was found; install one; then install guardspace_kernels again",
         )
     ]
+
+
+def test_env_tells_how_the_cuda_kernels_were_built_or_why_not(extension, monkeypatch):
+    assert env_report.cuda_kernels() == ("cuda kernels", "built for sm_80, sm_90 by nvcc, release 13.0")
+    for config in ({**CONFIG, "cuda": {"not_built": "no nvcc; install it"}}, {"not_built": "no nvcc; install it"}):
+        monkeypatch.setattr(env_report, "build_config", lambda config=config: config)
+        text = "not built: no nvcc; install it; then install guardspace_kernels again"
+        assert env_report.cuda_kernels() == ("cuda kernels", text)
 
 
 @pytest.mark.parametrize("text", [None, "not json"])
