@@ -158,10 +158,6 @@ struct Sums {
         col = warp.n + i / 2 % (T::warp_n / 8) * 8 + lane % 4 * 2;
     }
 
-    __device__ __forceinline__ float* pair(int i) {
-        return of[i / 2 / (T::warp_n / 8)][i / 2 % (T::warp_n / 8)] + i % 2 * 2;
-    }
-
     // Calls use(row, col, first, second) for each pair.
     template <class Use>
     __device__ __forceinline__ void each_pair(Use use) {
@@ -169,7 +165,8 @@ struct Sums {
         for (int i = 0; i < pairs; ++i) {
             int row, col;
             locate_pair(i, row, col);
-            use(row, col, pair(i)[0], pair(i)[1]);
+            float* pair = of[i / 2 / (T::warp_n / 8)][i / 2 % (T::warp_n / 8)] + i % 2 * 2;
+            use(row, col, pair[0], pair[1]);
         }
     }
 

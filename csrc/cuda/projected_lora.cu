@@ -66,24 +66,19 @@ __device__ __forceinline__ void drop(E* part, const Dropout& dropout, int row, i
 // Zeros in a tile whose corner is entry (row, col) of the input, dropout's factor on the rest.
 template <class T>
 __device__ __forceinline__ void drop(Sums<T>& sums, const Dropout& dropout, int row, int col) {
-    constexpr int at_once = Sums<T>::pairs < 32 ? Sums<T>::pairs : 32;  // two bits for each pair
-    static_assert(Sums<T>::pairs % at_once == 0, "no remainder");
-#pragma unroll
-    for (int begin = 0; begin < Sums<T>::pairs; begin += at_once) {
-        uint64_t bits = 0;
+    static_assert(Sums<T>::pairs <= 32, "two bits for each");
+    uint64_t bits = 0;
 #pragma unroll 1
-        for (int i = 0; i < at_once; ++i) {
-            int r, c;
-            Sums<T>::locate_pair(begin + i, r, c);
-            bits |= static_cast<uint64_t>(kept(dropout, row + r, (col + c) / 4) >> c % 4 & 3) << (2 * i);
-        }
-#pragma unroll
-        for (int i = 0; i < at_once; ++i) {
-            float* pair = sums.pair(begin + i);
-            pair[0] = bits >> (2 * i) & 1 ? pair[0] * dropout.factor : 0.0f;
-            pair[1] = bits >> (2 * i) & 2 ? pair[1] * dropout.factor : 0.0f;
-        }
+    for (int i = 0; i < Sums<T>::pairs; ++i) {
+        int r, c;
+        Sums<T>::locate_pair(i, r, c);
+        bits |= static_cast<uint64_t>(kept(dropout, row + r, (col + c) / 4) >> c % 4 & 3) << (2 * i);
     }
+    sums.each_pair([&](int, int, float& first, float& second) {
+        first = bits & 1 ? first * dropout.factor : 0.0f;
+        second = bits & 2 ? second * dropout.factor : 0.0f;
+        bits >>= 2;
+    });
 }
 
 // sums += A B of one step. In 16 bits what tensor cores truncate is less than the result's rounding.
@@ -98,7 +93,7 @@ __device__ __forceinline__ void add_product(Sums<T>& sums, const E* a, const E* 
 
 template <class E>
 struct LinearLayout {
-    using Tile = guardspace::Tile<128, 128, 32, 2, 2, 4>;
+    using Tile = guardspace::Tile<128, 128, 32, 2, 4, 4>;
 };
 template <>
 struct LinearLayout<float> {
