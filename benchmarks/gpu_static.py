@@ -1,8 +1,9 @@
-"""``python -m benchmarks.gpu_static``: what the Triton kernels compile to, for every chip they run on, without a GPU.
+"""``python -m benchmarks.gpu_static``: what the GPU kernels compile to, for every chip they run on, without a GPU.
 
 Every row of ``guardspace_kernels/ops/_triton_table.py`` is compiled ahead of time for its targets, dtypes and variants;
 registers, stack, shared memory and instructions are read off the machine code. ``violations`` says what no kernel may
 do, ``regressions`` what became worse than in ``results/gpu_static.json``; ``results/gpu_static.md`` is for people.
+``cuda_static`` does the same for the CUDA kernels, where they are built.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 from guardspace_kernels.ops._triton_table import KERNELS, ROWS, Row
 
+from . import cuda_static
 from .timing import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,6 +55,7 @@ _KB = 1024
 #: CUDA's programming guide, compute capabilities; a block's last KB of shared memory is the driver's.
 CHIPS = {
     "sm80": Chip(163 * _KB, 164 * _KB, 64, 32),
+    "sm86": Chip(99 * _KB, 100 * _KB, 48, 16),
     "sm89": Chip(99 * _KB, 100 * _KB, 48, 24),
     "sm90": Chip(227 * _KB, 228 * _KB, 64, 32),
     "sm100": Chip(227 * _KB, 228 * _KB, 64, 32),
@@ -244,7 +247,7 @@ def blocks(entry: Entry) -> tuple[int, str]:
     return occupancy(entry["target"], *(entry[field] for field in ("registers", "warps", "shared", "tensor_memory")))
 
 
-def render(entries: list[Entry]) -> str:
+def render(entries: list[Entry], cuda: Entry) -> str:
     from . import roofline  # the processes that compile need none of what it imports
     from .run import table
 
@@ -252,7 +255,7 @@ def render(entries: list[Entry]) -> str:
     for kernel in dict.fromkeys(entry["kernel"] for entry in entries):
         lines = _lines([entry for entry in entries if entry["kernel"] == kernel])
         parts.append(f"### {kernel}\n\n{table(_HEADER, lines, True)}")
-    return "\n\n".join([*parts, roofline.render()]) + "\n"
+    return "\n\n".join([*parts, cuda_static.render(cuda), roofline.render()]) + "\n"
 
 
 _HEADER = [
@@ -286,36 +289,49 @@ def _range(numbers: Iterable[int]) -> str:
     return f"{found[0]}" if len(found) == 1 else f"{found[0]}–{found[-1]}"
 
 
-_HEAD = """# The Triton kernels, as compiled
+_HEAD = """# The GPU kernels, as compiled
 
 **Static evidence; no GPU was used. Bounds, not timings.** `make gpu-static` writes this file.
+
+## The Triton kernels
 
 Every launch configuration of the table is compiled ahead of time for each of its chips by Triton's own compilers and
 read off the machine code. sm80 is an A100, sm89 an L4 or RTX 40, sm90 an H100 or H200, sm100 a B200, sm120 an RTX 50,
 gfx942 an MI300. Ranges are those of a kernel's variants: one item or many in a launch, aligned or not.
 "Blocks per SM" follows from registers, shared memory and threads, and "limit" says of which there is too little for
-one more. Instructions are counted in the code, not as executed.
-
-## Resources"""
+one more. Instructions are counted in the code, not as executed."""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_static", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; compare with what is pinned")
     parser.add_argument("--kernel", default="", help="of these kernels only: a part of their names; writes nothing")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA kernels only; the others stay as they are pinned")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)
-    wanted = [job for job in jobs() if args.kernel in job.row.kernel]
+    wanted = [job for job in jobs() if args.kernel in job.row.kernel and not args.cuda]
     with workers(args.processes) as pool:
         entries = list(pool.map(compile_job, wanted, chunksize=2))
     problems = [reason for entry in entries for reason in violations(entry)]
     version = importlib.metadata.version("triton")
+    library, nvcc = cuda_static.library()
+    cuda = {"nvcc": nvcc, "rows": [] if library is None or args.kernel else cuda_static.entries(library)}
+    problems += [reason for entry in cuda["rows"] for reason in cuda_static.violations(entry)]
     if args.kernel or args.check:
-        problems += compared(entries, version, whole=not args.kernel)
+        if not args.cuda:
+            problems += compared(entries, version, whole=not args.kernel)
+        if cuda["rows"]:
+            problems += cuda_static.compared(cuda["rows"], nvcc, read_json([PINNED])["cuda"])
     else:
-        write_json(PINNED, {"triton": version, "rows": entries})
-        TABLE.write_text(render(entries), encoding="utf-8")
-    print("\n".join([*problems, f"{len(entries)} compilations, {len(problems)} problems"]))
+        pinned = {"triton": version, "rows": entries, "cuda": cuda}
+        if args.cuda:
+            pinned = {**read_json([PINNED]), "cuda": cuda}
+        elif library is None:
+            pinned["cuda"] = read_json([PINNED])["cuda"]
+        write_json(PINNED, pinned)
+        TABLE.write_text(render(pinned["rows"], pinned["cuda"]), encoding="utf-8")
+    count = len(entries) + len(cuda["rows"])
+    print("\n".join([*problems, f"{count} compilations, {len(problems)} problems"]))
     return 1 if problems else 0
 
 

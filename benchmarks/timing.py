@@ -310,9 +310,7 @@ def _json(value: Any) -> str:
     """A line per row of a result file, so that a change of one shows as one line."""
     if not isinstance(value, dict) or not isinstance(value.get("rows"), list):
         return json.dumps(value, indent=1) + "\n"
-    head = "".join(
-        f"{json.dumps(key)}: {json.dumps(item, indent=1)},\n" for key, item in value.items() if key != "rows"
-    )
+    head = "".join(f"{json.dumps(key)}: {_json(item).rstrip()},\n" for key, item in value.items() if key != "rows")
     rows = ",\n".join(json.dumps(row) for row in value["rows"])
     return f'{{\n{head}"rows": [\n{rows}\n]\n}}\n'
 

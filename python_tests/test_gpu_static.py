@@ -1,8 +1,10 @@
-"""The Triton kernels compiled ahead of time for every chip: what no kernel may do, and what is pinned."""
+"""The GPU kernels compiled ahead of time for every chip: what no kernel may do, and what is pinned."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from guardspace_kernels.ops._triton_table import AMD, KERNELS, NVIDIA, ROWS
 
 pytest.importorskip("triton", reason="Triton is not installed")
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import gpu_static, timing
+from benchmarks import cuda_static, gpu_static, timing
 
 GOOD = {
     "kernel": "op.kernel", "row": "BLOCK=64 warps=8 stages=3", "target": "sm80", "dtypes": "bf16", "variant": "",
@@ -21,6 +23,12 @@ GOOD = {
     "spills": 0, "mma": 64, "async": 12,
 }  # fmt: skip
 NAME = "op.kernel BLOCK=64 warps=8 stages=3 sm80 bf16"
+
+
+CUDA = {
+    "kernel": "op.kernel<bf16>", "target": "sm80", "threads": 256, "registers": 128, "stack": 0, "spills": 0, "mma": 64,
+    "matrices": 8, "async": 4,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +46,11 @@ def test_the_committed_report_is_that_of_the_table(pinned):
     assert {gpu_static.name(entry) for entry in pinned["rows"]} == {
         gpu_static.name(job.key) for job in gpu_static.jobs()
     }, gpu_static.HINT
-    assert gpu_static.TABLE.read_text(encoding="utf-8") == gpu_static.render(pinned["rows"]), gpu_static.HINT
+    assert gpu_static.TABLE.read_text(encoding="utf-8") == gpu_static.render(pinned["rows"], pinned["cuda"]), (
+        gpu_static.HINT
+    )
     assert not [reason for entry in pinned["rows"] for reason in gpu_static.violations(entry)]
+    assert not [reason for entry in pinned["cuda"]["rows"] for reason in cuda_static.violations(entry)]
 
 
 @pytest.mark.slow
@@ -142,7 +153,7 @@ def test_occupancy(target, registers, warps, shared, tensor_memory, expected):
 
 
 def test_every_chip_of_the_table_is_known():
-    assert gpu_static.CHIPS.keys() == {*NVIDIA, *AMD}
+    assert gpu_static.CHIPS.keys() == {*NVIDIA, *AMD, "sm86"}
 
 
 def test_equal_lines_of_the_report_are_one():
@@ -157,6 +168,81 @@ def test_equal_lines_of_the_report_are_one():
         ["BLOCK=64", "8", "3", "bf16, fp16→bf16", "sm80", "120–128", "0", "48", "2", "registers", "64", "12"],
         ["BLOCK=64", "8", "3", "bf16", "sm90", "128", "0", "100", "2", "registers", "64", "12"],
     ]
-    text = gpu_static.render(entries)
+    text = gpu_static.render(entries, {"nvcc": "release 13.0", "rows": [CUDA]})
     assert "**Static evidence; no GPU was used. Bounds, not timings.**" in text
     assert "### op.kernel\n\n| tile | warps | stages |" in text and "## Roofline" in text
+    assert "| `op.kernel<bf16>` | 256 | 128 | 0 | 2 | 64 | 8 | 4 |" in text
+
+
+# ---- the CUDA kernels
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(cuda_static.library()[0] is None, reason=cuda_static.library()[1])
+def test_the_cuda_kernels_compile_for_every_chip_as_well_as_before(pinned):
+    path, nvcc = cuda_static.library()
+    entries = cuda_static.entries(path)
+    assert {entry["target"] for entry in entries} >= {"sm80", "sm90"}
+    problems = [reason for entry in entries for reason in cuda_static.violations(entry)]
+    problems += cuda_static.compared(entries, nvcc, pinned["cuda"])
+    assert not problems, "\n".join(problems)
+
+
+SPILLS = """
+namespace guardspace { namespace {
+__global__ void __launch_bounds__(64) spills(float* x, int n) {
+    float many[200];
+    for (int i = 0; i < 200; ++i) many[i] = x[i * n];
+    for (int i = 0; i < n; ++i) x[i] = many[i % 200];
+}
+} }
+void keep() { guardspace::spills<<<1, 1>>>(nullptr, 0); }
+"""
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
+def test_a_cuda_kernel_that_spills_and_has_no_products_is_refused(tmp_path):
+    source, library = tmp_path / "planted.cu", tmp_path / "planted.so"
+    source.write_text(SPILLS)
+    subprocess.run(["nvcc", "-shared", "-Xcompiler=-fPIC", "-arch=sm_80", source, "-o", library], check=True)
+    (entry,) = cuda_static.entries(library)
+    assert entry["kernel"] == "planted.spills" and entry["target"] == "sm80" and entry["stack"] >= 800
+    reasons = " ".join(cuda_static.violations(entry))
+    assert "bytes of stack" in reasons and "products without tensor cores" in reasons and "no asynchronous" in reasons
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({}, None),
+        ({"stack": 8}, "8 bytes of stack and 0 spills"),
+        ({"registers": 129}, "129 registers leave room for 1 blocks, not 2"),
+        ({"mma": 0}, "products without tensor cores"),
+        ({"matrices": 0}, "fragments without ldmatrix"),
+        ({"matrices": 0, "kernel": "op.kernel<fp32>"}, None),
+        ({"async": 0}, "no asynchronous copies"),
+        ({"kernel": "op.add_slices", "mma": 0, "matrices": 0, "async": 0}, None),
+    ],
+)
+def test_violations_of_cuda_kernels(change, reason):
+    found = cuda_static.violations({**CUDA, **change})
+    assert len(found) == (reason is not None) and (reason is None or reason in found[0])
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"registers": 136, "mma": 65}, None),
+        ({"registers": 137}, "137 registers, 128 before"),
+        ({"mma": 63}, "63 tensor-core instructions, 64 before"),
+        ({"matrices": 7}, "7 ldmatrix, 8 before"),
+        ({"async": 3}, "3 asynchronous copies, 4 before"),
+    ],
+)
+def test_regressions_of_cuda_kernels(change, reason):
+    pinned = {"nvcc": "release 13.0", "rows": [CUDA]}
+    found = cuda_static.compared([{**CUDA, **change}], "release 13.0", pinned)
+    assert found == ([] if reason is None else [f"op.kernel<bf16> sm80: {reason}; {gpu_static.HINT}"])
+    assert cuda_static.compared([{**CUDA, **change}], "release 12.9", pinned) == []  # another compiler
+    assert len(cuda_static.compared([], "release 13.0", pinned)) == 1
