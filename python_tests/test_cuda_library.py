@@ -78,6 +78,112 @@ def test_wrong_covariance_updates_are_named(loaded, change, text):
     assert got.startswith("covariance_update: " + text) if text else got == ""
 
 
+BUFFER = torch.zeros(4096)
+AT = BUFFER.data_ptr()
+#: Calls that are right, by their fields in the order of guardspace_cuda.h: matrices of 4 × 8 at most.
+CALLS = {
+    "null_project": {
+        "out": AT, "g": AT, "basis": AT + 4096, "rows": 4, "width": 8, "rank": 3, "stride_out": 8, "stride_g": 8,
+        "stride_basis": 3, "out_dtype": 1, "dtype": 1, "complement": 1,
+    },
+    "projected_adamw": {
+        "param": AT, "grad": AT + 256, "exp_avg": AT + 512, "exp_avg_sq": AT + 768, "step": AT + 1024,
+        "basis": AT + 4096, "rows": 4, "width": 8, "rank": 3, "stride_param": 8, "stride_grad": 8, "stride_exp_avg": 8,
+        "stride_exp_avg_sq": 8, "stride_basis": 3, "dtype": 1, "complement": 1,
+    },
+    "lora_linear": {
+        "y": AT, "x": AT + 1024, "weight": AT + 2048, "bias": 0, "h": AT + 3072, "up": AT + 4096, "seed": 0,
+        "tokens": 4, "inputs": 8, "outputs": 6, "rank": 2, "dropped": 0, "stride_y": 6, "stride_x": 8,
+        "stride_weight": 8, "stride_h": 2, "stride_up": 6, "weight_columns": 0, "add": 0, "threshold": 0, "dtype": 1,
+    },
+    "lora_down": {
+        "h": AT, "outer": AT + 1024, "x": AT + 2048, "down": AT + 3072, "e": AT + 4096, "seed": 0, "tokens": 4,
+        "width": 8, "rank": 2, "outer_rank": 2, "stride_x": 8, "stride_down": 8, "stride_e": 2, "threshold": 0,
+        "dtype": 3,
+    },
+    "lora_outer": {
+        "outer": AT, "e": AT + 1024, "x": AT + 2048, "seed": 0, "tokens": 4, "width": 8, "rank": 2, "stride_e": 2,
+        "stride_x": 8, "threshold": 0, "dtype": 1,
+    },
+}  # fmt: skip
+SETTINGS = {"null_project": (), "projected_adamw": (1e-3, 0.9, 0.999, 1e-8, 0.0)}
+NOTHING = {"null_project": "rows", "projected_adamw": "width", "lora_linear": "tokens", "lora_down": "width"}
+
+
+def called(loaded, name, **change):
+    """The text of the error of a call that is right but for ``change``."""
+    items = _cuda.packed([tuple({**CALLS[name], **change}.values())])
+    count = (1,) if name in SETTINGS else ()
+    arguments = [items, *count, *SETTINGS.get(name, (1.0,))]
+    if name != "lora_linear":
+        bytes_ = getattr(loaded, f"guardspace_cuda_{name}_workspace")(items, *count)
+        workspace = torch.empty(max(bytes_, 0) // 4)
+        arguments += [workspace.data_ptr(), workspace.nbytes]
+    error = getattr(loaded, f"guardspace_cuda_{name}")(*arguments, None)
+    assert name == "lora_linear" or (bytes_ == -1) == (error != 0)
+    return loaded.guardspace_cuda_error_text(error).decode() if error else ""
+
+
+@needs_shim
+@pytest.mark.cuda_on_cpu
+@pytest.mark.parametrize("name", CALLS)
+def test_wrong_dtypes_addresses_sizes_and_strides_are_named(loaded, name):
+    assert called(loaded, name) == "" and called(loaded, name, **{NOTHING.get(name, "rank"): 0}) == ""
+    prefix = f"{name}: items[0]: "
+    assert called(loaded, name, dtype=4) == prefix + "dtype is 4; 1 (float32), 2 (float16) or 3 (bfloat16) was expected"
+    for field in [field for field, value in CALLS[name].items() if field.startswith("stride")]:
+        text = called(loaded, name, **{field: -1})
+        assert text.startswith(prefix + field.removeprefix("stride_")) and "row stride of -1; from " in text
+    addresses = [field for field, value in CALLS[name].items() if value >= AT]
+    for field in addresses:
+        assert called(loaded, name, **{field: 0}).startswith(f"{prefix}{field} is at (nil); it must be a multiple of ")
+        assert called(loaded, name, **{field: AT + 1}).startswith(f"{prefix}{field} is at 0x")
+    for field in {"rows", "width", "rank", "tokens", "inputs", "outputs"} & CALLS[name].keys():
+        for size in (-1, 2**31):
+            assert f"{size}" in called(loaded, name, **{field: size})
+
+
+@needs_shim
+@pytest.mark.cuda_on_cpu
+@pytest.mark.parametrize(
+    "name, change, text",
+    [
+        ("null_project", {"out_dtype": 0}, "items[0]: dtype is 0"),
+        ("lora_linear", {"dropped": 3}, "dropped is 3; from 0 to rank = 2 was expected"),
+        (
+            "lora_linear",
+            {"weight_columns": 1, "stride_weight": -1},
+            "items[0]: weight is (8, 6) with a row stride of -1",
+        ),
+        ("lora_linear", {"threshold": 2**31}, "threshold is 2147483648; from 0 to 2147483647 was expected"),
+        ("lora_outer", {"threshold": 5}, "seed is at (nil); it must be a multiple of 8 bytes, and not NULL"),
+        ("lora_down", {"threshold": 5, "seed": AT}, "threshold must be 0 where e is given"),
+        ("lora_down", {"dtype": 1}, "e has 2 columns; at most rank = 2, and none in float32, were expected"),
+        ("lora_down", {"outer_rank": 3}, "e has 3 columns; at most rank = 2"),
+    ],
+)
+def test_what_else_can_be_wrong_is_named(loaded, name, change, text):
+    assert called(loaded, name, **change).startswith(f"{name}: {text}")
+
+
+@needs_shim
+@pytest.mark.cuda_on_cpu
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "lora_linear"])
+def test_too_little_workspace_is_named(loaded, name):
+    fields = {**CALLS[name], "width": 600, "rank": 2, "tokens": 1600, "dtype": 1, "outer_rank": 0}
+    fields = {field: 600 if field.startswith("stride") else fields[field] for field in CALLS[name]}
+    items, count = _cuda.packed([tuple(fields.values())]), ((1,) if name in SETTINGS else ())
+    needed = getattr(loaded, f"guardspace_cuda_{name}_workspace")(items, *count)
+    assert needed > 0
+    for size, address in ((needed - 1, AT), (needed, None)):
+        error = getattr(loaded, f"guardspace_cuda_{name}")(
+            items, *count, *SETTINGS.get(name, (1.0,)), address, size, None
+        )
+        text = loaded.guardspace_cuda_error_text(error).decode()
+        assert error == -1 and text.startswith(f"{name}: workspace has {size} bytes at ")
+        assert text.endswith(f", {needed} were expected")
+
+
 @needs_shim
 @pytest.mark.cuda_on_cpu
 def test_a_call_that_fails_is_an_error_in_python(monkeypatch, loaded):
