@@ -46,9 +46,12 @@ def library(folder: Path = SOURCES, extra: Sequence[str] = ()) -> ctypes.CDLL:
     ``extra`` are more flags. RuntimeError with the compiler's words if it refuses.
     """
     sources = sorted(folder.glob("*.cu"))
-    texts = [path.read_bytes() for path in sorted([*folder.iterdir(), *SHIM.glob("cuda_shim.*")])]
-    command = [*COMPILER, *FLAGS, *OPTIMISE, *extra, f"-I{folder}"]
-    key = hashlib.sha256(b"\0".join([shlex.join(command).encode(), *texts])).hexdigest()[:16]
+    command = [*COMPILER, *FLAGS, *OPTIMISE, *extra]
+    known = [shlex.join(command).encode()]
+    for path in sorted([*folder.iterdir(), *SHIM.glob("cuda_shim.*")]):
+        known += [path.name.encode(), path.read_bytes()]
+    key = hashlib.sha256(b"\0".join(known)).hexdigest()[:16]
+    command.append(f"-I{folder}")
     target = BUILD / f"{key}.so"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
