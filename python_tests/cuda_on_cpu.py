@@ -40,15 +40,18 @@ def why_not() -> str:
 
 
 @cache
-def library(folder: Path = SOURCES, extra: Sequence[str] = ()) -> ctypes.CDLL:
-    """All .cu files in ``folder`` as a library, compiled when they or what they include has changed.
+def built(folder: Path = SOURCES, extra: Sequence[str] = ()) -> str:
+    """The path of a library of all .cu files in ``folder``, compiled when they or what they include has changed.
 
     ``extra`` are more flags. RuntimeError with the compiler's words if it refuses.
     """
     sources = sorted(folder.glob("*.cu"))
-    texts = [path.read_bytes() for path in sorted([*folder.iterdir(), *SHIM.glob("cuda_shim.*")])]
-    command = [*COMPILER, *FLAGS, *OPTIMISE, *extra, f"-I{folder}"]
-    key = hashlib.sha256(b"\0".join([shlex.join(command).encode(), *texts])).hexdigest()[:16]
+    command = [*COMPILER, *FLAGS, *OPTIMISE, *extra]
+    known = [shlex.join(command).encode()]
+    for path in sorted([*folder.iterdir(), *SHIM.glob("cuda_shim.*")]):
+        known += [path.name.encode(), path.read_bytes()]
+    key = hashlib.sha256(b"\0".join(known)).hexdigest()[:16]
+    command.append(f"-I{folder}")
     target = BUILD / f"{key}.so"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
@@ -69,12 +72,16 @@ def library(folder: Path = SOURCES, extra: Sequence[str] = ()) -> ctypes.CDLL:
         subprocess.run([*command, "-shared", *objects, "-o", str(temporary)], check=True)
         os.replace(temporary, target)
         shutil.rmtree(mine)
-    return ctypes.CDLL(str(target))
+    return str(target)
+
+
+def library(folder: Path = SOURCES, extra: Sequence[str] = ()) -> ctypes.CDLL:
+    return ctypes.CDLL(built(folder, extra))
 
 
 def kernels() -> ctypes.CDLL:
     """Those of this source tree."""
-    return _cuda.load(library()._name)
+    return _cuda.load(built())
 
 
 def take_counters(loaded: ctypes.CDLL) -> dict[str, int]:

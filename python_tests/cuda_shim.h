@@ -19,6 +19,7 @@
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -77,6 +78,7 @@ inline int schedule = 0;  // 0 forward, 1 backward, from 2 on another warp at ra
 inline std::string failure;
 
 constexpr size_t kStack = 128 * 1024, kGuard = 1024;
+constexpr uint16_t kGuardWord = 0xffa5;  // NaN in every type, but none that a computation gives
 constexpr int kFailed = 999999;  // in place of CUDA's errors
 
 inline std::vector<Fiber> fibers;
@@ -269,6 +271,7 @@ inline float load_shared(const float* from) {
 
 template <int BYTES>
 void cp_async(void* to, const void* from, int bytes) {
+    static_assert(BYTES == 4 || BYTES == 16, "as on the device");
     if (!shim::is_shared(to, BYTES)) shim::fail("cp.async writes outside of shared memory" + shim::place());
     if (bytes < 0 || bytes > BYTES) shim::fail("cp.async of a wrong number of bytes" + shim::place());
     if (reinterpret_cast<uintptr_t>(to) % BYTES != 0 || reinterpret_cast<uintptr_t>(from) % BYTES != 0) {
@@ -318,7 +321,8 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 
 // To the nearest, ties away from zero, as cvt.rna does.
 inline float to_tf32(float x) {
-    if (!std::isfinite(x)) return x;
+    if (x != x) return float_of(0x7fffffff);
+    if (std::isinf(x)) return x;
     return float_of((bits_of(x) + 0x1000) & ~0x1fffu);
 }
 
@@ -503,6 +507,9 @@ inline void run_block(int threads) {
     }
     fibers.assign(threads, Fiber{});
     for (int i = 0; i < threads; ++i) {
+#ifdef __SANITIZE_ADDRESS__
+        __asan_unpoison_memory_region(stacks[i], kStack);  // functions that never returned lay here
+#endif
         auto** top = reinterpret_cast<void**>(stacks[i] + kStack - 64);
         *--top = nullptr;
         *--top = reinterpret_cast<void*>(entry);
@@ -537,8 +544,16 @@ inline void run_block(int threads) {
     }
 }
 
-inline bool untouched(const unsigned char* guard) {
-    return std::all_of(guard, guard + kGuard, [](unsigned char byte) { return byte == 0xa5; });
+inline void guard(unsigned char* at) {
+    for (size_t i = 0; i < kGuard; i += 2) memcpy(at + i, &kGuardWord, 2);
+}
+inline bool untouched(const unsigned char* at) {
+    uint16_t word;
+    for (size_t i = 0; i < kGuard; i += 2) {
+        memcpy(&word, at + i, 2);
+        if (word != kGuardWord) return false;
+    }
+    return true;
 }
 
 }  // namespace shim
@@ -564,7 +579,8 @@ int launch(void (*kernel)(Parameters), int64_t blocks, int threads, size_t share
     blockDim.x = static_cast<unsigned>(threads);
     gridDim.x = static_cast<unsigned>(blocks);
     for (int64_t block = 0; block < blocks && shim::failure.empty(); ++block) {
-        memset(aligned, 0xa5, shared + 2 * shim::kGuard);
+        shim::guard(aligned);
+        shim::guard(shim::memory + shared);
         memset(shim::memory, 0xff, shared);
         blockIdx.x = static_cast<unsigned>(block);
         shim::run_block(threads);

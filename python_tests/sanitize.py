@@ -1,8 +1,8 @@
 """The tests of the C++ kernels under AddressSanitizer and UBSan, once for every instruction set that this CPU has.
 
-``make sanitize`` runs it; arguments go to pytest, and GUARDSPACE_ISA restricts it to one instruction set. torch's
-tensors come from AddressSanitizer's malloc, so that a kernel that reads or writes one byte too far ends the run with a
-report.
+Before them those of the CUDA kernels, compiled for the CPU. ``make sanitize`` runs it; arguments go to pytest, and
+GUARDSPACE_ISA restricts it to one instruction set, or with "cuda" to the CUDA kernels. torch's tensors come from
+AddressSanitizer's malloc, so that a kernel that reads or writes one byte too far ends the run with a report.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ PACKAGE = BUILD / "lib" / "guardspace_kernels"
 COMPILER = os.environ.get("CXX") or "g++"  # on macOS c++ is clang, which has other runtimes
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1"
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")  # without the last they would miss C++ exceptions
+
+OPTIONS = {
+    # Scratch memory and fresh tensors hold NaN, in every dtype, until something is written to them.
+    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1:malloc_fill_byte=255:max_malloc_fill_size=67108864",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+}
 
 SUPPORTED = "import torch; from guardspace_kernels import _cpu; print(*_cpu.supported_isas())"
 
@@ -69,10 +75,8 @@ def main(arguments: list[str]) -> int:
         "PYTHONSAFEPATH": "1",  # `python -c` in a test would find the package in ROOT first
         "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), str(ROOT / "python_tests")]),
         "LD_PRELOAD": preload(),
-        # Scratch memory and fresh tensors hold NaN, in every dtype, until something is written to them.
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1"
-        ":malloc_fill_byte=255:max_malloc_fill_size=67108864",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "GUARDSPACE_SHIM_FLAGS": FLAGS,
+        **OPTIONS,
     }
 
     asked = subprocess.run(
