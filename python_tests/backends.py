@@ -80,12 +80,12 @@ def triton_kernels(monkeypatch) -> None:
     use_triton(monkeypatch)
 
 
-@pytest.fixture(params=cuda_on_cpu.SCHEDULES[:2], ids="schedule {}".format)
+@pytest.fixture(params=cuda_on_cpu.TESTED, ids="schedule {}".format)
 def cuda_kernels(request, monkeypatch) -> ctypes.CDLL:
     return use_cuda(monkeypatch, request.param)
 
 
-_BOTH = [pytest.param(f"cuda {schedule}", marks=pytest.mark.cuda_on_cpu) for schedule in cuda_on_cpu.SCHEDULES[:2]]
+_BOTH = [pytest.param(f"cuda {schedule}", marks=pytest.mark.cuda_on_cpu) for schedule in cuda_on_cpu.TESTED]
 
 
 @pytest.fixture(params=["triton", *_BOTH])

@@ -83,13 +83,16 @@ def main(arguments: list[str]) -> int:
         [sys.executable, "-c", SUPPORTED], cwd=BUILD, env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
     # Pytest's handler of signals and its capture of file descriptors would hide the sanitizers' reports.
-    options = shlex.split("-m cpu_kernels -p sanitize -p no:faulthandler -p no:cacheprovider --capture=sys")
+    options = shlex.split("-p sanitize -p no:faulthandler -p no:cacheprovider --capture=sys")
     if not any(Path(ROOT, argument.split("::")[0]).exists() for argument in arguments):
         options += ["python_tests/ops", "python_tests/nn"]
-    for isa in (os.environ.get("GUARDSPACE_ISA") or asked.stdout).split():
+    for isa in (os.environ.get("GUARDSPACE_ISA") or f"cuda {asked.stdout}").split():
         print(f"== {isa}", flush=True)
-        command = [Path(sys.executable).with_name("pytest"), *options, *arguments]  # python -m would put ROOT first
-        status = subprocess.run(command, cwd=ROOT, env={**environment, "GUARDSPACE_ISA": isa}).returncode
+        marker, change = ("cuda_on_cpu", {}) if isa == "cuda" else ("cpu_kernels", {"GUARDSPACE_ISA": isa})
+        pytest_ = Path(sys.executable).with_name("pytest")  # python -m would put ROOT first
+        command = [pytest_, "-m", marker, *options, *arguments]
+        env = {name: value for name, value in environment.items() if name != "GUARDSPACE_ISA"}
+        status = subprocess.run(command, cwd=ROOT, env={**env, **change}).returncode
         if status:
             return status
     return 0

@@ -22,7 +22,7 @@ import pytest
 import sanitize
 import torch
 from backends import bits
-from oracle import assert_as_exact_as_plain
+from oracle import error
 
 from guardspace_kernels.ops import _cuda
 
@@ -99,7 +99,8 @@ def run(loaded) -> Callable[..., torch.Tensor]:
         function = getattr(loaded, f"run_{name}")
         function.argtypes = [ctypes.c_void_p] * 2
         loaded.shim_failure.restype = ctypes.c_char_p
-        if function((torch.arange(64.0) if given is None else given).data_ptr(), out.data_ptr()):
+        given = torch.arange(64.0) if given is None else given
+        if function(given.data_ptr(), out.data_ptr()):
             raise RuntimeError(loaded.shim_failure().decode())
         return out
 
@@ -608,7 +609,7 @@ COPY_OUTSIDE = "cp.async writes outside of shared memory"
 PENDING = "a thread ends with asynchronous copies that nobody waited for"
 WRITE_OUTSIDE = "a write outside of shared memory"
 REFUSED = "a launch that some chip refuses"
-DIVERGE = "lanes of warp 0 diverge in an operation of the whole warp"
+DIVERGE = "lanes of warp  diverge in an operation of the whole warp"
 #: Kernels and what the launch says of them.
 ERRORS: dict[str, tuple[Kernel, str]] = {
     "a barrier for one warp": (Kernel("if (t < 32) __syncthreads();"), "a barrier that 32 of 64 threads reach"),
@@ -633,17 +634,21 @@ ERRORS: dict[str, tuple[Kernel, str]] = {
     ),
     "a copy of too many bytes": (Kernel("cp_async<4>(memory, in, 8);"), BYTES),
     "a copy of less than none": (Kernel("cp_async<4>(memory, in, -4);"), BYTES),
-    "a copy beyond shared memory": (Kernel("cp_async<16>(memory + 4 * t, in, 16);"), COPY_OUTSIDE),
+    "a copy beyond shared memory": (
+        Kernel("cp_async<16>(memory + 4 * t, in, 16); cp_async_commit(); cp_async_wait<0>();"), COPY_OUTSIDE,
+    ),
     "a copy before shared memory": (Kernel("cp_async<4>(memory - 1, in, 0);"), COPY_OUTSIDE),
     "a copy that nobody waits for": (
         Kernel("cp_async<4>(memory + t, in, 4); cp_async_commit(); cp_async_commit(); cp_async_wait<2>();"),
         PENDING,
     ),
     "a copy that is not even committed": (
-        Kernel("if (t == 9) cp_async<4>(memory + t, in, 4); cp_async_wait<0>();"),
+        Kernel("if (t == 9) { cp_async<4>(memory + t, in, 4); } cp_async_wait<0>();"),
         PENDING,
     ),
-    "a matrix that is not aligned": (Kernel("uint32_t r[4]; ldmatrix<false>(r, memory + 2);"), "ldmatrix is not aligned"),
+    "a matrix that is not aligned": (
+        Kernel("uint32_t r[4]; ldmatrix<false>(r, memory + 2);"), "ldmatrix is not aligned",
+    ),
     "a matrix beyond shared memory": (
         Kernel("uint32_t r[4]; ldmatrix<false>(r, memory + 4 * lane);"), "ldmatrix reads outside of shared memory",
     ),
@@ -665,7 +670,7 @@ def test_wrong_use_ends_the_launch_with_an_error(run, name):
     for schedule in cuda_on_cpu.SCHEDULES:
         with pytest.raises(RuntimeError) as caught:
             run(f"error_{index}", schedule=schedule)
-        assert str(caught.value).partition(" (thread ")[0] == text
+        assert re.sub(r" \(thread \d+\)|(?<=of warp )\d+", "", str(caught.value)) == text
         assert torch.equal(run("race_0_right"), torch.arange(64.0).int().__or__(32).float())  # the next one runs again
 
 
@@ -709,7 +714,8 @@ def check(loaded) -> None:
         update(loaded, C, x, mask)
         conflicts = cuda_on_cpu.take_counters(loaded)["conflicts"]
         X = x if mask is None else x[mask]
-        assert_as_exact_as_plain(C, X.float().T @ X.float(), X.double().T @ X.double())
+        wrong = error(C, X.double().T @ X.double())
+        assert wrong <= 1e-6, f"an error of {wrong:.1e}"
         assert conflicts == 0, f"{conflicts} conflicts"
 
 
@@ -765,7 +771,9 @@ PROBES = {
         """,
         threads=256, shared=512, blocks=2,
     ),
-    "fails": Kernel("if (t > 99) __syncthreads(); float d[4]; memcpy(d, in, 16); if (t > 9) __syncwarp();", threads=256),
+    "fails": Kernel(
+        "if (t > 99) __syncthreads(); float d[4]; memcpy(d, in, 16); if (t > 9) __syncwarp();", threads=256
+    ),
     "reads": Kernel("store(out + t, load(in + t + 1));", threads=256),
     "writes": Kernel("store(out + t + 1, load(in + t));", threads=256),
     "copies": Kernel(
