@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -47,7 +48,6 @@ def built(folder: Path = SOURCES, extra: Sequence[str] = ()) -> str:
 
     ``extra`` are more flags. RuntimeError with the compiler's words if it refuses.
     """
-    sources = sorted(folder.glob("*.cu"))
     command = [*COMPILER, *FLAGS, *OPTIMISE, *extra]
     known = [shlex.join(command).encode()]
     for path in sorted([*folder.iterdir(), *SHIM.glob("cuda_shim.*")]):
@@ -55,26 +55,31 @@ def built(folder: Path = SOURCES, extra: Sequence[str] = ()) -> str:
     key = hashlib.sha256(b"\0".join(known)).hexdigest()[:16]
     command.append(f"-I{folder}")
     target = BUILD / f"{key}.so"
-    if not target.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        mine = BUILD / f"{key}-{os.getpid()}"
-        mine.mkdir()
-        running = []
-        for source in (*sources, SHIM / "cuda_shim.cpp"):
-            out = mine / f"{source.stem}.o"
-            arguments = [*command, "-x", "c++", "-c", str(source), "-o", str(out)]
-            running.append((out, subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)))
-        complaints = "".join(process.communicate()[1] for _, process in running)
-        if any(process.returncode for _, process in running):
-            raise RuntimeError(complaints)
-        if complaints:
-            raise RuntimeError(f"warnings: {complaints}")
-        temporary = mine / "library.so"
-        objects = [str(out) for out, _ in running]
-        subprocess.run([*command, "-shared", *objects, "-o", str(temporary)], check=True)
-        os.replace(temporary, target)
-        shutil.rmtree(mine)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / f"{key}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of processes that want the same, one compiles
+        if not target.exists():
+            _compile(command, sorted(folder.glob("*.cu")), target)
     return str(target)
+
+
+def _compile(command: list[str], sources: list[Path], target: Path) -> None:
+    folder = target.with_suffix(f".{os.getpid()}")
+    folder.mkdir()
+    running = []
+    for source in (*sources, SHIM / "cuda_shim.cpp"):
+        out = folder / f"{source.stem}.o"
+        arguments = [*command, "-x", "c++", "-c", str(source), "-o", str(out)]
+        running.append((out, subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)))
+    complaints = "".join(process.communicate()[1] for _, process in running)
+    if any(process.returncode for _, process in running):
+        raise RuntimeError(complaints)
+    if complaints:
+        raise RuntimeError(f"warnings: {complaints}")
+    temporary = folder / "library.so"
+    subprocess.run([*command, "-shared", *(str(out) for out, _ in running), "-o", str(temporary)], check=True)
+    os.replace(temporary, target)
+    shutil.rmtree(folder)
 
 
 def library(folder: Path = SOURCES, extra: Sequence[str] = ()) -> ctypes.CDLL:
