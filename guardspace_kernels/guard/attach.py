@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from guardspace_kernels.guard.layers import ModelFingerprint, find_layers
+from guardspace_kernels.guard.fingerprint import ModelFingerprint
+from guardspace_kernels.guard.layers import find_layers
 from guardspace_kernels.guard.plan import GuardPlan
 
 

@@ -22,7 +22,8 @@ from guardspace_kernels.guard.batches import (
     with_answers,
 )
 from guardspace_kernels.guard.files import write_text
-from guardspace_kernels.guard.layers import ModelFingerprint, is_conv1d, linear_weight, tensor_fingerprint
+from guardspace_kernels.guard.fingerprint import ModelFingerprint, tensor_fingerprint
+from guardspace_kernels.guard.layers import is_conv1d, linear_weight
 from guardspace_kernels.guard.routing import Routing
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 from guardspace_kernels.nn import NullSpaceProjector, ProjectedLoraLinear

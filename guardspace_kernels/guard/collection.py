@@ -30,13 +30,12 @@ from guardspace_kernels.guard.batches import (
     with_answers,
 )
 from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tensors
+from guardspace_kernels.guard.fingerprint import ModelFingerprint, tensor_fingerprint
 from guardspace_kernels.guard.layers import (
-    ModelFingerprint,
     find_layers,
     is_conv1d,
     is_sharded,
     linear_weight,
-    tensor_fingerprint,
     unwrapped,
 )
 from guardspace_kernels.guard.lockstep import Lockstep

@@ -17,8 +17,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from guardspace_kernels.guard.files import load_tensors, save_tensors
+from guardspace_kernels.guard.fingerprint import ModelFingerprint
 from guardspace_kernels.guard.layers import (
-    ModelFingerprint,
     find_layers,
     is_sharded,
     layer_weight,

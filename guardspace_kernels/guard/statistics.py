@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tensors
-from guardspace_kernels.guard.layers import ModelFingerprint
+from guardspace_kernels.guard.fingerprint import ModelFingerprint
 from guardspace_kernels.ops import symmetrize_
 
 _KIND = "calibration statistics"

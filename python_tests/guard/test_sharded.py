@@ -19,7 +19,7 @@ import guardspace_kernels as gk
 from guardspace_kernels.guard import collection, layers
 from guardspace_kernels.guard.collection import plan_collection
 from guardspace_kernels.guard.estimate import estimate_preparation
-from guardspace_kernels.guard.layers import ModelFingerprint
+from guardspace_kernels.guard.fingerprint import ModelFingerprint
 
 HERE = Path(__file__).parent
 BATCHES = [batch_of(PROMPTS[i : i + 2], side) for i in range(4) for side in ("left", "right")]
