@@ -162,3 +162,17 @@ def test_the_figure_needs_matplotlib(stats, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["inspect", str(tmp_path / "s"), "--png", str(tmp_path / "f.png")]) == 2
     assert "--png needs matplotlib" in capsys.readouterr().err
+
+
+def test_eigenvectors_are_found_once_per_input_and_only_where_they_are_needed(stats, monkeypatch):
+    calls = []
+    for name in ("eigh", "eigvalsh"):
+        solve = getattr(torch.linalg, name)
+        monkeypatch.setattr(torch.linalg, name, lambda C, name=name, solve=solve: calls.append(name) or solve(C))
+    alone = inspect_statistics(stats, progress=False)
+    assert calls == ["eigvalsh"] * len(stats.inputs)
+    calls.clear()
+    both = inspect_statistics(stats, task=stats, heldout=stats, progress=False)
+    assert calls == ["eigh"] * len(stats.inputs)
+    for a, b in zip(alone.inputs, both.inputs, strict=True):
+        assert a.protected == b.protected and a.outside == pytest.approx(b.outside, abs=1e-6)
