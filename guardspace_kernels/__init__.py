@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from guardspace_kernels.guard.certificate import DriftExceededError, DriftReport, certify
     from guardspace_kernels.guard.collection import collect_statistics
     from guardspace_kernels.guard.export import ExportReport, export_lora
-    from guardspace_kernels.guard.plan import GuardConfig, GuardPlan, plan_guard
+    from guardspace_kernels.guard.plan import GuardConfig, GuardPlan
+    from guardspace_kernels.guard.planning import plan_guard
     from guardspace_kernels.guard.statistics import CalibrationStatistics
     from guardspace_kernels.integrations.optim import GuardedAdamW, guard_optimizer
     from guardspace_kernels.integrations.peft import attach_guard
@@ -31,7 +32,7 @@ _LAZY = {
     "collect_statistics": "guard.collection",
     "GuardConfig": "guard.plan",
     "GuardPlan": "guard.plan",
-    "plan_guard": "guard.plan",
+    "plan_guard": "guard.planning",
     "attach_guard": "integrations.peft",
     "DriftExceededError": "guard.certificate",
     "DriftReport": "guard.certificate",

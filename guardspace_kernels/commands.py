@@ -17,7 +17,8 @@ from guardspace_kernels.guard.certificate import DriftExceededError
 from guardspace_kernels.guard.certificate import certify as certify_adapter
 from guardspace_kernels.guard.collection import collect_statistics
 from guardspace_kernels.guard.export import export_lora
-from guardspace_kernels.guard.plan import GuardConfig, GuardPlan, plan_guard
+from guardspace_kernels.guard.plan import GuardConfig, GuardPlan
+from guardspace_kernels.guard.planning import plan_guard
 from guardspace_kernels.guard.statistics import CalibrationStatistics
 
 

@@ -14,7 +14,7 @@ from guardspace_kernels.guard.collection import distinct_inputs
 from guardspace_kernels.guard.layers import find_layers, linear_weight
 from guardspace_kernels.guard.null_space import null_space
 from guardspace_kernels.guard.passes import CollectionPlan, parse_bytes, plan_passes, show_bytes
-from guardspace_kernels.guard.plan import solve_bytes
+from guardspace_kernels.guard.planning import solve_bytes
 from guardspace_kernels.guard.safety_subspace import DampedCovariance, trailing_subspace
 from guardspace_kernels.ops import covariance_update_
 

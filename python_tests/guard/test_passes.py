@@ -12,7 +12,7 @@ from test_interrupted_statistics import Stop
 from test_statistics import LateReader
 
 import guardspace_kernels as gk
-from guardspace_kernels.guard import collection, passes, plan
+from guardspace_kernels.guard import collection, passes, planning
 from guardspace_kernels.guard.collection import plan_collection
 from guardspace_kernels.guard.passes import LayerInput, parse_bytes, plan_passes
 
@@ -239,14 +239,14 @@ def test_freed_memory_goes_back_to_the_system():
 
 def test_under_a_budget_it_does_after_every_pass_and_solve(monkeypatch):
     model, released = deep_llama(), []
-    for module in (collection, plan):
+    for module in (collection, planning):
         monkeypatch.setattr(module, "release_memory", lambda module=module: released.append(module))
     gk.plan_guard(model, collect(model, BATCHES), gk.GuardConfig(rank=2, protect=0.5), progress=False)
     assert not released
     stats = collect(model, BATCHES, max_memory=BUDGET["llama"])
     assert released == [collection] * len(plan_collection(model, BATCHES, max_memory=BUDGET["llama"]).passes)
     gk.plan_guard(model, stats, gk.GuardConfig(rank=2, protect=0.5), progress=False, max_memory="1GB")
-    assert released.count(plan) == len(stats.inputs)
+    assert released.count(planning) == len(stats.inputs)
 
 
 def test_the_plan_is_shown_before(capsys):

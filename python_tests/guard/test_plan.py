@@ -21,7 +21,7 @@ from guard_helpers import (
 )
 
 import guardspace_kernels as gk
-from guardspace_kernels.guard import plan as plan_module
+from guardspace_kernels.guard import planning as plan_module
 from guardspace_kernels.guard.null_space import EmptyNullSpaceError
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 

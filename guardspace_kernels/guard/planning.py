@@ -1,0 +1,273 @@
+"""Planning: the solves that decide, layer by layer, what is protected and where the adapter starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from guardspace_kernels.guard.fingerprint import ModelFingerprint
+from guardspace_kernels.guard.layers import (
+    find_layers,
+    is_sharded,
+    layer_weight,
+    linear_weight,
+    unwrapped,
+)
+from guardspace_kernels.guard.null_space import EmptyNullSpaceError, NullSpace, is_finite, null_space
+from guardspace_kernels.guard.passes import parse_bytes, release_memory
+from guardspace_kernels.guard.plan import GuardConfig, GuardPlan, LayerPlan
+from guardspace_kernels.guard.safety_subspace import DampedCovariance, starting_factors, trailing_subspace
+from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
+from guardspace_kernels.ops import null_project_
+from guardspace_kernels.ops._library import full_float32_products
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def _space_for(entry: InputStatistics, covariance: torch.Tensor, config: GuardConfig) -> NullSpace | None:
+    layer = entry.layers[0]
+    if entry.tokens == 0:
+        raise ValueError(f"layer {layer}: no token was counted; collect statistics on longer prompts")
+    if not (is_finite(covariance) and is_finite(entry.sinks)):
+        raise ValueError(f"layer {layer}: the statistics hold non-finite values; collect them again")
+    if not config.projector:
+        return None
+    try:
+        space = null_space(
+            covariance,
+            entry.sinks.to(covariance.device),
+            tokens=entry.tokens,
+            rule=config.rule,
+            protect=config.protect,
+            protect_dims=config.protect_dims,
+        )
+    except EmptyNullSpaceError as error:
+        change = {
+            "energy": f"lower protect (now {config.protect})",
+            "rank": f"lower protect_dims (now {config.protect_dims})",
+            "paper": 'use rule="energy" (an outlier or plentiful tokens defeat the paper\'s threshold)',
+        }[config.rule]
+        raise EmptyNullSpaceError(
+            f"layer {layer}: {error}, so its adapter could never learn; {change}, or leave the layer out"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"layer {layer}: {error}; collect the statistics again") from error
+    space.basis = space.basis.float().cpu()
+    return space
+
+
+def _undetermined(entry: InputStatistics, space: NullSpace | None) -> str:
+    """Why an expert's input gets no adapter; empty if it gets one."""
+    if entry.tokens == 0:
+        return "saw no calibration token"
+    directions = 0 if space is None else space.protected - space.sink_directions
+    if 2 * directions > entry.tokens:
+        return f"{directions} directions to protect, but only {entry.tokens} calibration tokens"
+    return ""
+
+
+def _space_warnings(entry: InputStatistics, space: NullSpace, rank: int) -> list[str]:
+    d = entry.features
+    warnings = []
+    if entry.tokens < d:
+        warnings.append(f"only {entry.tokens} calibration tokens for {d} dimensions")
+    if d - space.protected < rank:
+        warnings.append(f"{d - space.protected} free dimensions for rank {rank}")
+    return warnings
+
+
+def plan_guard(
+    model: nn.Module,
+    stats: CalibrationStatistics,
+    config: GuardConfig | None = None,
+    *,
+    target_modules: str | Sequence[str] | None = None,
+    progress: bool = True,
+    max_memory: int | str | None = None,
+) -> GuardPlan:
+    """Decides, layer by layer, what is protected and where the adapter starts.
+
+    Per distinct input: the null space of its covariance by ``config.rule``, sink directions protected. Per layer: the
+    trailing left singular subspace U_r of ``W C``, hence ``s·B₀A₀ = U_r U_rᵀ W`` and the start ``A₀P, B₀``. Bases are
+    thin, shared between layers that read the same tensor, and kept in float32; nothing of the model is changed.
+
+    An expert reads only the tokens that are routed to it. One that saw none, or fewer than two for each direction to
+    protect (those of the sinks apart), has an undetermined null space: its layers get no adapter, hence keep their
+    outputs exactly, and are listed in :attr:`GuardPlan.left_out`.
+
+    Args:
+        model: the base model that ``stats`` were collected on, or a copy of it; DistributedDataParallel is unwrapped,
+            and weights that accelerate offloaded are loaded for their solve. A sharded one (``fully_shard``) is
+            refused: plan with an unsharded copy.
+        config: default ``GuardConfig()``.
+        target_modules: a subset of the layers in ``stats`` (as in :func:`collect_statistics`); default all.
+        max_memory: bytes, or a text such as "4GB", that the solves which run at the same time may take, on the CPU or
+            on one GPU; at least one runs, whatever it takes. The plan itself, which grows meanwhile, comes on top.
+
+    Raises:
+        EmptyNullSpaceError: a layer whose adapter could not learn, and what to change.
+        TypeError: the model is sharded.
+        ValueError: statistics of another model or layer, non-finite statistics, a rank above min(d_out, d_in), or
+            experts alone that all saw too few tokens; the message names the layer.
+
+    Source: GuardSpace (arXiv 2510.14301).
+    """
+    config, model = config or GuardConfig(), unwrapped(model)
+    if is_sharded(model):
+        raise TypeError(
+            "model is sharded (fully_shard), and solves need whole weights: save the statistics, and plan "
+            "in one process with an unsharded copy of the model"
+        )
+    modules = dict(model.named_modules())
+    absent = [name for name in stats.layers if name not in modules]
+    if absent:
+        raise ValueError(
+            f"the statistics belong to another model: this one has no layer {absent[0]}; collect them for this model"
+        )
+    names = list(find_layers(model, stats.layers if target_modules is None else target_modules))
+    missing = [name for name in names if name not in stats.layers]
+    if missing:
+        raise ValueError(f"layer {missing[0]} has no statistics; collect them with it in target_modules")
+    stats.fingerprint.check(ModelFingerprint.of(model, names), "the statistics")
+
+    used = [entry for entry in stats.inputs if any(name in names for name in entry.layers)]
+
+    def solve(entry: InputStatistics) -> tuple[NullSpace | None, list[LayerPlan], str]:
+        mine = [name for name in entry.layers if name in names]
+        if entry.routed and entry.tokens == 0:
+            bar.update(1 + len(mine))
+            return None, [], _undetermined(entry, None)
+        weights = {name: layer_weight(model, name).detach() for name in mine}
+        covariance = entry.covariance_on(next(iter(weights.values())).device)
+        space = _space_for(entry, covariance, config)
+        bar.update()
+        reason = _undetermined(entry, space) if entry.routed else ""
+        if reason:
+            bar.update(len(weights))
+            return space, [], reason
+        damped = DampedCovariance(covariance, config.damping) if config.init != "zero" else None
+        del covariance
+        planned = []
+        for name, weight in weights.items():
+            planned.append(_plan_layer(name, weight, entry, space, damped, config))
+            bar.update()
+        return space, planned, ""
+
+    def size(entry: InputStatistics) -> int:
+        return solve_bytes(entry.features, max(linear_weight(model.get_submodule(n)).numel() for n in entry.layers))
+
+    # The setting is the process's: solves that changed and restored it on their own would disturb each other.
+    bar = tqdm(total=len(used) + len(names), desc="plan", unit="solve", disable=not progress)
+    with full_float32_products(), bar:
+        # A wide input takes longest: begun last, it would keep one core busy while the others wait.
+        workers = 1 if any(p.is_cuda for p in model.parameters()) else torch.get_num_threads()
+        solved = _in_parallel(solve, used, size, parse_bytes("max_memory", max_memory), workers)
+    reasons = {
+        name: reason for entry, (*_, reason) in zip(used, solved, strict=True) if reason for name in entry.layers
+    }
+    left_out = {name: reasons[name] for name in names if name in reasons}
+    spaces: list[NullSpace | None] = []
+    of_layer: dict[str, LayerPlan] = {}
+    for space, planned, reason in solved:
+        if not reason:
+            of_layer.update({layer.name: dataclasses.replace(layer, space=len(spaces)) for layer in planned})
+            spaces.append(space)
+    if not of_layer:
+        name, reason = next(iter(left_out.items()))
+        raise ValueError(
+            f"every layer is left out, first {name} ({reason}); collect statistics on more prompts, lower protect, or "
+            "add layers to target_modules"
+        )
+    layers = {name: of_layer[name] for name in names if name in of_layer}
+    fingerprint = ModelFingerprint(stats.fingerprint.model, {n: stats.fingerprint.layers[n] for n in layers})
+    return GuardPlan(config, layers, spaces, fingerprint, left_out)
+
+
+def solve_bytes(features: int, weight: int) -> int:
+    """What the solves for an input and a layer of ``weight`` entries take at most on a CPU: 16 to 20 bytes per entry of
+    C and 14 per entry of the weight were measured, 40 per entry of C where the eigendecomposition is in float64."""
+    return 40 * features**2 + 14 * weight
+
+
+def _in_parallel(
+    solve: Callable[[_Item], _Result],
+    items: Sequence[_Item],
+    size: Callable[[_Item], int],
+    budget: int | None,
+    workers: int,
+) -> list[_Result]:
+    """Results in the order of ``items``, begun with the largest; on a CPU one single-threaded solve per core, since
+    LAPACK gains little from threads at these sizes, and of those only as many as a budget allows. One at a time on a
+    GPU, which a solve fills, and where torch loads its solvers once, in whichever thread asks, and not twice."""
+    threads = torch.get_num_threads()
+    changed, taken = threading.Condition(), 0
+
+    def within_budget(item: _Item) -> _Result:
+        nonlocal taken
+        mine = size(item)
+        with changed:
+            changed.wait_for(lambda: taken == 0 or budget is None or taken + mine <= budget)
+            taken += mine
+        try:
+            return solve(item)
+        finally:
+            if budget is not None:
+                release_memory()
+            with changed:
+                taken -= mine
+                changed.notify_all()
+
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        largest_first = sorted(range(len(items)), key=lambda i: -size(items[i]))
+        futures = {i: pool.submit(within_budget, items[i]) for i in largest_first}
+        try:
+            return [futures[i].result() for i in range(len(items))]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            torch.set_num_threads(threads)  # the workers' 1 would be what every later thread starts with
+
+
+def _plan_layer(
+    name: str,
+    weight: torch.Tensor,
+    entry: InputStatistics,
+    space: NullSpace | None,
+    damped: DampedCovariance | None,
+    config: GuardConfig,
+) -> LayerPlan:
+    d_out, d_in = weight.shape
+    if config.rank > min(d_out, d_in):
+        raise ValueError(
+            f"layer {name}: rank {config.rank} is above min(d_out, d_in) = {min(d_out, d_in)}; "
+            "lower rank or leave the layer out"
+        )
+    if entry.features != d_in:
+        raise ValueError(f"layer {name}: its statistics have {entry.features} features but it reads {d_in}")
+    warnings = [] if space is None else _space_warnings(entry, space, config.rank)
+    if damped is None:
+        # Seeded by the layer's name, so that the result does not depend on the order of the solves.
+        seed = int.from_bytes(hashlib.sha256(f"{config.seed} {name}".encode()).digest()[:7], "big")
+        uniform = torch.rand(config.rank, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        A0 = (2.0 * uniform - 1.0) / math.sqrt(d_in)
+        B0 = torch.zeros(d_out, config.rank, dtype=torch.float64)
+    else:
+        U, sigma = trailing_subspace(weight.to(damped.matrix.device), damped, config.rank)
+        A0, B0, dead = starting_factors(weight, U, sigma, config.scale, config.init)
+        if dead:
+            warnings.append(f"{dead} of {config.rank} starting directions carry no weight and start at zero")
+        A0, B0 = A0.cpu(), B0.cpu()
+    if space is not None:
+        null_project_(A0, space.basis, space.complement)
+    return LayerPlan(name, (d_out, d_in), A0.float(), B0.float().contiguous(), 0, warnings)
