@@ -142,7 +142,7 @@ def _ours(
 
 
 def _inputs(model: nn.Module) -> list[Any]:
-    from guardspace_kernels.guard.collection import distinct_inputs
+    from guardspace_kernels.guard.collecting.scout import distinct_inputs
 
     return distinct_inputs(model, find_layers(model))
 

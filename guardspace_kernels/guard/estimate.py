@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from guardspace_kernels.guard.collection import distinct_inputs
+from guardspace_kernels.guard.collecting.scout import distinct_inputs
 from guardspace_kernels.guard.layers import find_layers, linear_weight
 from guardspace_kernels.guard.null_space import null_space
 from guardspace_kernels.guard.passes import CollectionPlan, parse_bytes, plan_passes, show_bytes

@@ -13,6 +13,7 @@ from test_statistics import LateReader
 
 import guardspace_kernels as gk
 from guardspace_kernels.guard import collection, passes, planning
+from guardspace_kernels.guard.collecting import collector
 from guardspace_kernels.guard.collection import plan_collection
 from guardspace_kernels.guard.passes import LayerInput, parse_bytes, plan_passes
 
@@ -32,13 +33,13 @@ def live(monkeypatch):
     """The most bytes that accumulators have held at once."""
     alive, most = weakref.WeakSet(), [0]
 
-    class Counted(collection.CovarianceAccumulator):
+    class Counted(collector.CovarianceAccumulator):
         def __init__(self, *args):
             super().__init__(*args)
             alive.add(self)
             most[0] = max(most[0], sum(one.lower.nbytes for one in alive))
 
-    monkeypatch.setattr(collection, "CovarianceAccumulator", Counted)
+    monkeypatch.setattr(collector, "CovarianceAccumulator", Counted)
     return most
 
 
@@ -166,7 +167,7 @@ def test_layers_that_the_first_batch_does_not_reach():
 @pytest.mark.parametrize("stop_at", range(0, 18, 4))
 def test_interrupted_in_any_pass_and_resumed(stop_at, tmp_path, monkeypatch):
     model, seen = deep_llama(), []
-    end_batch = collection._Collector.end_batch
+    end_batch = collection.Collector.end_batch
 
     def stopping(self):
         seen.append(1)
@@ -174,7 +175,7 @@ def test_interrupted_in_any_pass_and_resumed(stop_at, tmp_path, monkeypatch):
             raise Stop
         end_batch(self)
 
-    monkeypatch.setattr(collection._Collector, "end_batch", stopping)
+    monkeypatch.setattr(collection.Collector, "end_batch", stopping)
     options = {"max_memory": BUDGET["llama"], "checkpoint": tmp_path / "c", "answer_tokens": 2}
     with pytest.raises(Stop):
         collect(model, BATCHES, **options)

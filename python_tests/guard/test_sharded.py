@@ -224,13 +224,13 @@ def test_what_one_rank_of_a_sharded_model_cannot_do_all_refuse(tmp_path):
 def test_a_checkpoint_that_another_process_wrote_is_refused(tmp_path, monkeypatch):
     path, budget = tmp_path / "mine", BUDGET // 2
     collect(tiny_llama(), HALVES[1], checkpoint=tmp_path / "theirs", max_memory=budget)
-    end = collection._Checkpoint.end
+    end = collection.Checkpoint.end
 
     def overwritten(state, seen):
         end(state, seen)
         shutil.copy(tmp_path / "theirs.0", tmp_path / "mine.0")
 
-    monkeypatch.setattr(collection._Checkpoint, "end", overwritten)
+    monkeypatch.setattr(collection.Checkpoint, "end", overwritten)
     with pytest.raises(
         ValueError, match=r"another process wrote the checkpoint .*mine\.0; give each process a file of i"
     ):

@@ -1,0 +1,126 @@
+"""A file with the state of a collection, from which an interrupted one goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import torch
+
+from guardspace_kernels.guard.batches import Batch
+from guardspace_kernels.guard.collecting.collector import CollectedInput, Collector
+from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tensors
+from guardspace_kernels.guard.fingerprint import ModelFingerprint, tensor_fingerprint
+from guardspace_kernels.guard.statistics import InputStatistics, unpacked
+
+
+class Checkpoint:
+    """A file with the state of a collection after some batches; does nothing without a path."""
+
+    KIND = "statistics checkpoint"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        collector: Collector,
+        fingerprint: ModelFingerprint,
+        options: dict[str, Any],
+    ) -> None:
+        self.path, self.collector, self.fingerprint, self.options = path, collector, fingerprint, options
+        self.prompts = 0
+        self.batches: list[str] = []  # a hash of each that is in the state
+        self.resumed = 0
+        self.saved = True
+        if path is not None and os.path.exists(path):
+            self._load(path)
+
+    def has(self, index: int, batch: Batch) -> bool:
+        """Whether the file has this batch; ValueError if it has another one in its place."""
+        if index >= self.resumed:
+            return False
+        if _batch_hash(batch) != self.batches[index]:
+            raise ValueError(f"batch {index} is not the one that {self._name()} was made from; {self._advice()}")
+        return True
+
+    def add(self, batch: Batch, prompts: int, save: bool) -> None:
+        self.prompts += prompts
+        if self.path is None:
+            return
+        self.batches.append(_batch_hash(batch))
+        self.saved = save
+        if save:
+            self._save(self.path)
+
+    def end(self, seen: int) -> None:
+        """After the last of ``seen`` batches."""
+        if seen < self.resumed:
+            raise ValueError(
+                f"there are {seen} batches, but {self._name()} was made from {self.resumed}; {self._advice()}"
+            )
+        if self.path is not None and not self.saved:
+            self._save(self.path)
+
+    def statistics(self) -> list[InputStatistics]:
+        """What is in the file, left there."""
+        assert self.path is not None
+        tensors, header = open_tensors(self.path, self.KIND)
+        if header["batches"] != self.batches:
+            raise ValueError(f"another process wrote {self._name()}; give each process a file of its own")
+        return [
+            InputStatistics(names, tensors[f"{i}.covariance"], tokens, tensors[f"{i}.sinks"].read(), sink_tokens)
+            for i, (names, tokens, sink_tokens, _) in enumerate(header["inputs"])
+        ]
+
+    def _name(self) -> str:
+        assert self.path is not None
+        return f"the checkpoint {os.fspath(self.path)}"
+
+    def _advice(self) -> str:
+        return "give the arguments of the first call, or another checkpoint file"
+
+    def _save(self, path: str | os.PathLike[str]) -> None:
+        tensors: dict[str, torch.Tensor | StoredTensor] = {}
+        inputs = []
+        for i, one in enumerate(self.collector.inputs):
+            tensors[f"{i}.covariance"], tensors[f"{i}.sinks"] = one.triangle(), one.sinks
+            tokens = int(one.accumulator.tokens)
+            inputs.append([one.layers, tokens, one.sink_tokens, one.first_batch])
+        header = {
+            "inputs": inputs,
+            "routed": [sorted(self.collector.routing.containers), sorted(self.collector.routing.flat)],
+            "batches": self.batches,
+            "prompts": self.prompts,
+            "options": self.options,
+            "fingerprint": {"model": self.fingerprint.model, "layers": self.fingerprint.layers},
+        }
+        save_tensors(path, self.KIND, tensors, header)
+
+    def _load(self, path: str | os.PathLike[str]) -> None:
+        tensors, header = open_tensors(path, self.KIND)
+        if header["options"] != self.options:
+            raise ValueError(
+                f"{self._name()} was made with {header['options']}, this call has {self.options}; {self._advice()}"
+            )
+        self.fingerprint.check(ModelFingerprint(**header["fingerprint"]), f"the statistics in {self._name()}")
+        for i, (names, tokens, sink_tokens, first_batch) in enumerate(header["inputs"]):
+            sinks = tensors[f"{i}.sinks"].read()
+            one = CollectedInput(sinks.shape[1], sinks.dtype, sinks.device, first_batch)  # it follows its first tensor
+            one.layers, one.sinks, one.sink_tokens = names, sinks, sink_tokens
+            one.accumulator.lower.copy_(unpacked(tensors[f"{i}.covariance"].read()))
+            one.accumulator.tokens.fill_(tokens)
+            self.collector.inputs.append(one)
+            self.collector.input_of.update(dict.fromkeys(names, one))
+        containers, flat = header.get("routed", [[], []])
+        self.collector.routing.containers.update(containers)
+        self.collector.routing.flat.update(flat)
+        self.batches, self.prompts = header["batches"], header["prompts"]
+        self.resumed = self.collector.batch = len(self.batches)
+
+
+def _batch_hash(batch: Batch) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(batch):
+        value = batch[key]
+        digest.update(f"{key} {tensor_fingerprint(value) if isinstance(value, torch.Tensor) else value!r}".encode())
+    return digest.hexdigest()[:32]

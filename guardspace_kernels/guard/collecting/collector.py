@@ -1,0 +1,217 @@
+"""The hooks of a collection: every guarded layer's input goes to the covariance of that input."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from guardspace_kernels.guard.batches import first_tokens
+from guardspace_kernels.guard.files import StoredTensor
+from guardspace_kernels.guard.layers import is_conv1d, is_sharded
+from guardspace_kernels.guard.routing import Routing
+from guardspace_kernels.guard.statistics import InputStatistics, distinct, packed
+from guardspace_kernels.nn import CovarianceAccumulator
+
+
+class CollectedInput:
+    """One distinct layer input while it is being collected."""
+
+    def __init__(self, features: int, dtype: torch.dtype, device: torch.device, batch: int) -> None:
+        self.layers: list[str] = []
+        self.first_batch = batch
+        self.accumulator = CovarianceAccumulator(features, dtype, device)
+        self.sinks = torch.empty(0, features, dtype=dtype, device=device)
+        self.new_sinks: list[torch.Tensor] = []
+        self.sink_tokens = 0
+        self.tensor: weakref.ref[torch.Tensor] | None = None
+        self.version = 0
+
+    def triangle(self) -> StoredTensor:
+        """Of the covariance, made when it is written."""
+        C = self.accumulator.lower
+        return StoredTensor(C.dtype, (len(C) * (len(C) + 1) // 2,), lambda: packed(C).cpu())
+
+    def statistics(self) -> InputStatistics:
+        """What was collected; frees the accumulator."""
+        triangle, tokens = self.triangle().read(), int(self.accumulator.tokens)
+        del self.accumulator
+        return InputStatistics(self.layers, triangle, tokens, self.sinks, self.sink_tokens)
+
+    def to(self, device: torch.device) -> None:
+        self.accumulator.to(device)
+        self.sinks = self.sinks.to(device)
+
+    def read(self, x: torch.Tensor) -> bool:
+        """Whether x is the very tensor this input was last updated with."""
+        return self.tensor is not None and self.tensor() is x and self.version == version_of(x)
+
+
+def version_of(x: torch.Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+class EnoughError(Exception):
+    """Raised in a hook: nothing more of this forward is wanted."""
+
+
+class Collector:
+    """The hooks of one collection: routes each layer's input to its accumulator, once per distinct tensor."""
+
+    def __init__(
+        self, guarded: Mapping[str, nn.Module], names: Iterable[str], dtype: torch.dtype, sink: bool, routing: Routing
+    ) -> None:
+        """Collects for ``names``, some of the guarded layers."""
+        self.guarded = guarded
+        self.layers = {name: guarded[name] for name in names}
+        self.dtype = dtype
+        self.sink = sink
+        self.routing = routing
+        self.inputs: list[CollectedInput] = []
+        self.input_of: dict[str, CollectedInput] = {}
+        self.mask = self.counted = self.first = torch.empty(0)
+        self.real: torch.Tensor | None = None  # indices of the real tokens, where there are others
+        self.latest: tuple[torch.Tensor, int, torch.Tensor] | None = None  # an input, its version, its real rows
+        self.batch = 0
+        self.called: list[str] = []
+        self.waiting: set[str] = set()  # what a forward is run for; empty: let it end by itself
+
+    @contextmanager
+    def counting(self, mask: torch.Tensor) -> Iterator[None]:
+        """Within the context every forward of a layer counts; hooks go whatever happens.
+
+        All guarded layers multiply real tokens only, whichever of them are collected, since the bits of a product
+        depend on its number of rows; but those whose input is not (prompts, tokens, d), such as experts, and those of
+        classes with a forward of their own.
+        """
+        self.mask, self.real, self.called = mask, None, []
+        first, flat = first_tokens(mask)[mask], mask.flatten()
+        self.first, self.counted = first.nonzero().flatten(), ~first
+        if not flat.all():
+            self.real = flat.nonzero().flatten()
+        handles = []
+        for name, module in self.guarded.items():
+            plain = type(module).forward is nn.Linear.forward or is_conv1d(module)
+            cut = plain and self.real is not None
+            handles.append(module.register_forward_pre_hook(self._hook(name, cut)))
+            if cut:
+                # Before the hooks of others, which are used to the whole output.
+                handles.append(module.register_forward_hook(self._whole, prepend=True))
+        try:
+            with self.routing.watching(mask):
+                yield
+        finally:
+            self.latest = None
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str, cut: bool) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not args:
+                raise TypeError(f"layer {name} is called with keywords alone; leave it out of target_modules")
+            if name in self.layers:
+                self.called.append(name)
+                self.see(name, args[0])
+                self.arrived(name)
+            if not cut or args[0].shape[:-1] != self.mask.shape:
+                return None
+            return (self.rows_of(args[0]), *args[1:])
+
+        return hook
+
+    def rows_of(self, x: torch.Tensor) -> torch.Tensor:
+        """The real tokens (T, d) of an input in the mask's order, (prompts, tokens, d)."""
+        flat = x.reshape(-1, x.shape[-1])
+        if self.real is None:
+            return flat
+        if self.latest is None or self.latest[0] is not x or self.latest[1] != version_of(x):
+            self.latest = x, version_of(x), flat.index_select(0, self.real.to(x.device))
+        return self.latest[2]
+
+    def once(self, model: nn.Module) -> bool:
+        """Whether the last forward called every layer once: one like it may end where the last of them is reached.
+
+        Not with experts, which may be called more often, or not at all, for other prompts, nor where sharded modules
+        run collectives that every process must reach.
+        """
+        experts = (*self.routing.containers, *self.routing.flat)
+        routed = any(name.startswith(experts) for name in self.layers)
+        return sorted(self.called) == sorted(self.layers) and not routed and not is_sharded(model)
+
+    def _whole(self, module: nn.Module, args: tuple[Any, ...], result: torch.Tensor) -> torch.Tensor | None:
+        """Padding gets the output of zeros: those that mix tokens otherwise than by attention set it to zero first."""
+        if self.latest is None or args[0] is not self.latest[2]:
+            return None
+        assert self.real is not None
+        whole = result.new_zeros(self.mask.numel(), result.shape[-1])
+        if isinstance(module.bias, torch.Tensor) and not module.bias.is_meta:
+            whole += module.bias
+        return whole.index_copy_(0, self.real.to(result.device), result).reshape(*self.mask.shape, -1)
+
+    def arrived(self, name: str) -> None:
+        """Ends the forward if it was the last thing to wait for."""
+        if name in self.waiting:
+            self.waiting.remove(name)
+            if not self.waiting:
+                raise EnoughError
+
+    def see(self, name: str, x: torch.Tensor) -> None:
+        mine = self.input_of.get(name)
+        if mine is None:
+            # A layer first reached in a later batch does not join an input that has seen earlier ones.
+            mine = next((i for i in self.inputs if i.first_batch == self.batch and i.read(x)), None)
+            fresh = mine is None
+            if mine is None:
+                mine = self.begin(x)
+                self.inputs.append(mine)
+            mine.layers.append(name)
+            self.input_of[name] = mine
+            if fresh:
+                self.update(name, mine, x)
+        elif mine.layers[0] == name:
+            self.update(name, mine, x)
+        elif not mine.read(x):
+            raise RuntimeError(
+                f"layer {name} read the same tensor as {mine.layers[0]} in the first batch but another one now; "
+                "collect the two in separate calls (target_modules=...)"
+            )
+
+    def begin(self, x: torch.Tensor) -> CollectedInput:
+        return CollectedInput(x.shape[-1], self.dtype, x.device, self.batch)
+
+    def update(self, name: str, mine: CollectedInput, x: torch.Tensor) -> None:
+        mine.tensor, mine.version = weakref.ref(x), version_of(x)
+        mine.to(x.device)
+        if x.shape[:-1] == self.mask.shape:
+            rows, counted, first = self.rows_of(x), None, self.first.to(x.device)
+            if self.sink:
+                counted = self.counted.to(x.device)
+        else:
+            real, is_first = self.routing.tokens(name, x)
+            rows, counted, first = x, real & ~is_first if self.sink else real, is_first.nonzero().flatten()
+        if self.sink:
+            mine.new_sinks.append(rows.index_select(0, first).to(self.dtype))
+        mine.accumulator.update(rows, counted)
+
+    def end_batch(self) -> None:
+        """Looks for non-finite values, one device synchronisation for all layers, and keeps distinct sinks."""
+        self.batch += 1
+        if not self.inputs:
+            return
+        diagonals = torch.stack([i.accumulator.lower.diagonal().sum().cpu() for i in self.inputs])
+        sinks = torch.stack([sum((s.sum().cpu() for s in i.new_sinks), torch.zeros(())) for i in self.inputs])
+        for mine, finite in zip(self.inputs, torch.isfinite(diagonals) & torch.isfinite(sinks), strict=True):
+            if not finite:
+                raise ValueError(
+                    f"batch {self.batch - 1}: the input of layer {mine.layers[0]} holds non-finite values (or "
+                    f"overflows {self.dtype}); the statistics would be worthless. Check the model's dtype and the "
+                    "prompts"
+                )
+            for rows in mine.new_sinks:
+                mine.sinks = distinct(rows, mine.sinks)
+                mine.sink_tokens += rows.shape[0]
+            mine.new_sinks = []

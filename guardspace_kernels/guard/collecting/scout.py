@@ -1,0 +1,122 @@
+"""What a model's layers read, and between which of its blocks: seen in a forward before collecting."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from guardspace_kernels.guard.batches import Batch, checked_mask, evaluating, forward_batch
+from guardspace_kernels.guard.collecting.collector import CollectedInput, Collector, version_of
+from guardspace_kernels.guard.fingerprint import tensor_fingerprint
+from guardspace_kernels.guard.layers import linear_weight
+from guardspace_kernels.guard.passes import LayerInput, Replay, blocks_of, output_of
+from guardspace_kernels.guard.routing import Routing, grouped_as_siblings
+
+
+class Scout(Collector):
+    """Sees in one forward which layers read which tensor, and between which blocks; accumulates nothing."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], blocks: Sequence[nn.Module], routing: Routing) -> None:
+        super().__init__(layers, layers, torch.float32, False, routing)
+        self.blocks = blocks
+        self.begun: list[int] = []
+        self.results: list[torch.Tensor | None] = []
+        self.after: dict[str, int] = {}
+        self.read: dict[str, str] = {}  # fingerprints, by the layers of the second half of the blocks
+
+    @contextmanager
+    def counting(self, mask: torch.Tensor) -> Iterator[None]:
+        handles = []
+        for i, block in enumerate(self.blocks):
+            handles.append(block.register_forward_pre_hook(lambda _module, _args, i=i: self.begun.append(i)))
+            handles.append(
+                block.register_forward_hook(lambda _module, _args, result: self.results.append(output_of(result)))
+            )
+        try:
+            with super().counting(mask):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def see(self, name: str, x: torch.Tensor) -> None:
+        self.after.setdefault(name, len(self.results))
+        if not x.is_meta and self.blocks and len(self.results) >= len(self.blocks) // 2:
+            self.read[name] = tensor_fingerprint(x)
+        super().see(name, x)
+
+    def begin(self, x: torch.Tensor) -> CollectedInput:
+        return CollectedInput(0, self.dtype, x.device, self.batch)
+
+    def update(self, name: str, mine: CollectedInput, x: torch.Tensor) -> None:
+        mine.tensor, mine.version = weakref.ref(x), version_of(x)
+        if x.shape[:-1] != self.mask.shape and not x.is_meta:
+            self.routing.look(name, x)
+
+    def layer_inputs(self) -> list[LayerInput]:
+        """In the order of the model; layers that were not reached are at the end."""
+        groups = [one.layers for one in self.inputs]
+        lists = self.routing.containers | self.routing.flat
+        groups += grouped_as_siblings([name for name in self.layers if name not in self.after], groups, lists)
+        return [
+            LayerInput(tuple(g), linear_weight(self.layers[g[0]]).shape[1], self.after.get(g[0], 0)) for g in groups
+        ]
+
+
+def distinct_inputs(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[LayerInput]:
+    """Which of the layers read the same tensor, from a forward of a few tokens; of a model on the meta device too.
+
+    TypeError if that one's forward does not run there, as where a router's choice of experts needs values.
+    """
+    scout = Scout(layers, blocks_of(model, list(layers)), Routing(model))
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads as the forward goes
+    device = torch.device("cpu") if offloaded else next(model.parameters()).device
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(scout.counting(torch.ones(1, 4, dtype=torch.bool)))
+        if device.type == "meta":  # a forward may look at values, of masks for instance, that only fake tensors have
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        # Other tokens than the first, for other experts.
+        try:
+            forward_batch(model, {"input_ids": torch.arange(4, device=device)[None]})
+        except RuntimeError as error:
+            if device.type != "meta":
+                raise
+            raise TypeError(
+                f"this model's forward does not run on the meta device, without values ({error}): routed experts need "
+                "them; load the model's weights for an estimate"
+            ) from error
+    return scout.layer_inputs()
+
+
+def scouted(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch, routing: Routing
+) -> tuple[list[LayerInput], Replay | None, int, bool]:
+    """(distinct inputs, replay, bytes of a block's output per token, whether a forward may be left early)."""
+    blocks = blocks_of(model, list(layers))
+    mask = checked_mask(batch, 0)
+    scout = Scout(layers, blocks, routing)
+    replay = Replay(blocks)
+    replay.begin(0, len(blocks) // 2)
+    with replay.run(0), scout.counting(mask):
+        forward_batch(model, batch)
+    once = scout.once(model)
+    in_order = len(blocks) > 1 and scout.begun == list(range(len(blocks)))
+    results = [result for result in scout.results if result is not None]
+    if not (once and in_order and len(results) == len(blocks)):
+        return scout.layer_inputs(), None, 0, once
+    # What the second half of the blocks reads may depend on the first half through its output only. In between the
+    # model sees the prompts reversed, so that whatever else the first half leaves behind is wrong.
+    if "input_ids" in batch:
+        forward_batch(model, {**batch, "input_ids": batch["input_ids"].flip(1)})
+    replay.begin(len(blocks) // 2, len(blocks) // 2)
+    again = Scout(layers, blocks, routing)
+    with replay.run(0), again.counting(mask):
+        forward_batch(model, batch)
+    per_token = results[0].nbytes // mask.numel()
+    return scout.layer_inputs(), Replay(blocks) if again.read == scout.read else None, per_token, once
