@@ -244,7 +244,8 @@ class FusedProjectedLoraLinear(ProjectedLoraLinear):
         return fused
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
-        return super().forward(x).split(self.output_sizes, dim=-1)
+        # Not split: autograd refuses in-place changes of what one call gave as several views. Nothing else holds y.
+        return tuple(torch.unsafe_split_with_sizes(super().forward(x), self.output_sizes, dim=-1))
 
     def delta_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(F, G) with ``ΔW = F G`` of the stacked layers; F is block diagonal."""

@@ -14,6 +14,8 @@ AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.
     torch._C.DispatchKey.AutocastCUDA
 )
 
+VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -24,15 +26,17 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], *,
     it makes.
     """
     name = schema[: schema.index("(")]
+    # Products inside a kernel would be autocast, whatever dtype it asks for; and a result that is a view of what only
+    # the kernel saw could not be changed in place. Writes to an argument stay visible to autograd.
+    excluded = AUTOCAST if "!" in schema else AUTOCAST | VIEWS
 
-    def outside_autocast(*args: Any) -> Any:
-        # Without the guard the products inside a kernel would be autocast, whatever dtype it asks for.
-        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
+    def alone(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
             return kernel(*args)
 
     unsafe = (torch.Tag.cudagraph_unsafe,) if keeps_memory and hasattr(torch.Tag, "cudagraph_unsafe") else ()
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *unsafe))
-    LIBRARY.impl(name, outside_autocast, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, alone, "CompositeExplicitAutograd")
     torch.library.register_fake(f"guardspace::{name}", fake, lib=LIBRARY)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 import guardspace_kernels as gk
 from guardspace_kernels.guard.files import load_tensors, save_tensors
@@ -91,6 +92,28 @@ def test_starts_as_the_base_model(tiny, kind, init, residual):
     assert close(tiny.logits(model, kind), tiny.logits(tiny.base(kind), kind))
     B = next(iter(model.guarded_layers().values())).B
     assert bool((B == 0).all()) == (init == "zero")
+
+
+@pytest.mark.parametrize("residual", ["virtual", "frozen"])
+@pytest.mark.parametrize("checkpointed", [None, False, True], ids=["", "checkpoint", "reentrant checkpoint"])
+def test_a_model_that_changes_outputs_in_place_trains_like_one_that_does_not(tiny, residual, checkpointed):
+    """As Falcon adds its residual; activations and dropout may be in place as well."""
+    gradients = []
+    for inplace in (False, True):
+        model = tiny.guarded("plain", residual=residual).train()
+        up, down = (model.get_base_model().get_submodule(name) for name in ("up", "down"))
+
+        def block(x, up=up, down=down, inplace=inplace):
+            y = torch.nn.functional.relu(up(x), inplace)
+            z = torch.nn.functional.dropout(down(y), 0.3, True, inplace)
+            return z.add_(1.0) if inplace else z + 1.0
+
+        x = model.get_base_model().embed(tiny.batch("plain")["input_ids"]).detach().requires_grad_()
+        torch.manual_seed(1)
+        output = block(x) if checkpointed is None else checkpoint(block, x, use_reentrant=checkpointed)
+        output.square().mean().backward()
+        gradients.append([p.grad for layer in (up, down) for p in (layer.A, layer.B)])
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("residual", ["virtual", "frozen"])

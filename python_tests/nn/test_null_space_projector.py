@@ -30,6 +30,16 @@ def test_forward_is_differentiable(complement):
     assert torch.autograd.gradcheck(projector, torch.randn(2, D, dtype=torch.float64, requires_grad=True))
 
 
+@FORMS
+def test_the_output_may_be_changed_in_place(complement):
+    projector = NullSpaceProjector(orthonormal(D, K), complement)
+
+    def changed(x):
+        return projector(x).mul_(2.0).add_(x)
+
+    assert torch.autograd.gradcheck(changed, torch.randn(2, 3, D, dtype=torch.float64, requires_grad=True))
+
+
 def test_project_works_on_parameters_in_grad_mode():
     projector, parameter = NullSpaceProjector(orthonormal(D, K)), nn.Parameter(torch.randn(3, D, dtype=torch.float64))
     assert torch.is_grad_enabled() and projector.project_(parameter) is parameter

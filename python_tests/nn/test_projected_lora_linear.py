@@ -280,6 +280,42 @@ def test_fused_layers_equal_the_layers_apart(init, biases):
     assert "output_sizes=[13, 4, 9]" in repr(again)
 
 
+def test_outputs_of_fused_layers_may_be_changed_in_place_one_by_one():
+    linears = [nn.Linear(D_IN, n, dtype=torch.float64) for n in (13, 4, 9)]
+    layer = trained(FusedProjectedLoraLinear.from_linears(linears, R, orthonormal(D_IN, K), dtype=torch.float64))
+    x, results = torch.randn(2, 5, D_IN, dtype=torch.float64), []
+    for inplace in (False, True):
+        layer.zero_grad()
+        q, k, v = layer(x)
+        kept = k.square()  # saves k for backward: what happens to q and v must not count as a change of it
+        q = nn.functional.relu(q, inplace=inplace)
+        v = v.mul_(3.0) if inplace else v * 3.0
+        (q.square().sum() + kept.sum() + v.square().sum()).backward()
+        results.append([q.detach(), k.detach(), v.detach(), layer.lora_A.grad, layer.lora_B.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@automatic
+@pytest.mark.usefixtures("fresh_compiler")
+def test_fused_layers_compile_to_one_graph():
+    linears = [nn.Linear(D_IN, n) for n in (13, 4, 9)]
+    layer = FusedProjectedLoraLinear.from_linears(linears, R, orthonormal(D_IN, K, torch.float32))
+    trained(layer)
+
+    def block(x):
+        q, k, v = layer(x)
+        q += 1
+        return q.sum() * k + v.sum()
+
+    x, results = torch.randn(2, 5, D_IN), []
+    for function in (block, torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")):
+        layer.zero_grad()
+        function(x).sum().backward()
+        results.append([layer.lora_A.grad.double(), layer.lora_B.grad.double()])
+    for eager, compiled in zip(*results, strict=True):
+        assert error(compiled, eager) < 1e-5
+
+
 def test_layers_that_cannot_be_fused_are_refused():
     basis = orthonormal(D_IN, K, torch.float32)
     with pytest.raises(ValueError, match="linears must be layers of one d_in, dtype and device"):

@@ -536,6 +536,70 @@ def test_runs_without_autograd(mode):
     assert error(y, textbook(x, call)[0].detach()) < 1e-14
 
 
+#: What models do to a layer's output; each returns a new tensor, or the given one where ``inplace``.
+CHANGES = {
+    "addition": lambda y, x, inplace: y.add_(x[..., :1]) if inplace else y + x[..., :1],
+    "activation": lambda y, x, inplace: F.silu(y, inplace=inplace),
+    "dropout": lambda y, x, inplace: F.dropout(y, 0.5, True, inplace),
+    "its first half": lambda y, x, inplace: _first_half_doubled(y if inplace else y.clone()),
+}
+
+
+def _first_half_doubled(y):
+    y[..., : D_OUT // 2] *= 2
+    return y
+
+
+@pytest.mark.parametrize("case, more", [("bias and frozen pair", {}), ("range basis", {"dropout": 0.3, "seed": 5})])
+@pytest.mark.parametrize("checkpointed", [None, False, True], ids=["", "checkpoint", "reentrant checkpoint"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_output_may_be_changed_in_place(change, checkpointed, case, more):
+    call, results = arguments(**CASES[case]), []
+    for layout in ("3-D", "ragged"):
+        for inplace in (False, True):
+            x, A, B = (t.clone().requires_grad_() for t in (LAYOUTS[layout](), call["lora_A"], call["lora_B"]))
+            x.data.fill_(0.7)
+
+            def block(x, A, B, inplace=inplace):
+                return CHANGES[change](projected_lora(x, **{**call, "lora_A": A, "lora_B": B}, **more), x, inplace)
+
+            torch.manual_seed(4)
+            y = block(x, A, B) if checkpointed is None else checkpoint(block, x, A, B, use_reentrant=checkpointed)
+            y.square().sum().backward()
+            results.append([y.detach(), x.grad, A.grad, B.grad])
+        expected, actual = results[-2:]
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_an_output_without_a_graph_may_be_changed_in_place():
+    x, call = LAYOUTS["3-D"](), arguments(bias=True)
+    with torch.no_grad():
+        y = projected_lora(x, **call)
+    factor = torch.full((D_OUT,), 2.0, dtype=torch.float64, requires_grad=True)
+    expected = y * factor.detach()
+    assert torch.equal(y.mul_(factor).detach(), expected)
+
+
+@automatic
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiles_where_the_output_is_changed_in_place():
+    call, x = arguments(torch.float32, bias=True, frozen=True), torch.randn(2, 7, D_IN)
+
+    def block(x, A, B):
+        y = projected_lora(x, **{**call, "lora_A": A, "lora_B": B})
+        y += x[..., :1]
+        return y
+
+    results = []
+    for function in (block, torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in (x, call["lora_A"], call["lora_B"])]
+        y = function(*leaves)
+        y.square().sum().backward()
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        assert error(compiled, eager.double()) < 1e-5
+
+
 def good(**changes):
     call = {"x": torch.ones(2, 3), "weight": torch.ones(4, 3), "lora_A": torch.ones(1, 3), "lora_B": torch.ones(4, 1)}
     return {**call, **changes}
