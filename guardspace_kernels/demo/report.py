@@ -6,12 +6,11 @@ import json
 import math
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, BinaryIO
 
 import guardspace_kernels as gk
-from guardspace_kernels.guard.files import write_atomic, write_text
+from guardspace_kernels.guard.atomic import write_atomic, write_text
 
 from .evaluate import Rate, mcnemar
 from .experiment import ALIGNED, GUARDED, NO_TASK, PLAIN, SENTIMENT, STOPPED, DemoResult, Row
@@ -241,7 +240,7 @@ _COLOURS = {PLAIN: "#c8553d", STOPPED: "#c98a1b", GUARDED: "#1f6f8b"}
 _INK, _FAINT = "#2b2d33", "#8b8f98"
 
 
-def draw(result: DemoResult, path: Path) -> None:
+def draw(result: DemoResult, file: BinaryIO) -> None:
     """Two panels: refusals against task accuracy, and drift per layer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -257,7 +256,7 @@ def draw(result: DemoResult, path: Path) -> None:
         axes.tick_params(colors=_INK, labelsize=9)
         axes.set_axisbelow(True)
         axes.grid(color="#e6e7ea", linewidth=0.7)
-    figure.savefig(path, format="png", facecolor="white")
+    figure.savefig(file, format="png", facecolor="white")
 
 
 def _draw_tradeoff(axes: Any, result: DemoResult) -> None:
@@ -327,7 +326,7 @@ def _draw_drift(axes: Any, result: DemoResult) -> None:
 
 def write_report(result: DemoResult) -> str:
     """Write report.md, report.json and figure.png, each atomically; returns the text for the terminal."""
-    write_atomic(result.out_dir / "figure.png", lambda path: draw(result, path))
+    write_atomic(result.out_dir / "figure.png", lambda file: draw(result, file))
     write_text(result.out_dir / "report.json", json.dumps(_json(result), indent=2, ensure_ascii=False))
     write_text(result.out_dir / "report.md", _markdown(result))
     minutes = result.seconds.get("total", sum(result.seconds.values())) / 60

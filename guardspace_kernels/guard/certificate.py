@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from guardspace_kernels.guard.atomic import write_text
 from guardspace_kernels.guard.batches import (
     Batch,
     check_ids,
@@ -21,7 +22,6 @@ from guardspace_kernels.guard.batches import (
     to_device,
     with_answers,
 )
-from guardspace_kernels.guard.files import write_text
 from guardspace_kernels.guard.fingerprint import ModelFingerprint, tensor_fingerprint
 from guardspace_kernels.guard.layers import is_conv1d, linear_weight
 from guardspace_kernels.guard.routing import Routing

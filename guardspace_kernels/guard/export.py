@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from guardspace_kernels.guard.atomic import write_atomic, write_text
 from guardspace_kernels.guard.certificate import adapted_layers, check_statistics, relative_drift
-from guardspace_kernels.guard.files import write_atomic, write_text
+from guardspace_kernels.guard.files import write_tensors
 from guardspace_kernels.guard.layers import base_model, is_conv1d
 
 if TYPE_CHECKING:
@@ -91,7 +92,6 @@ def export_lora(
             other weights.
     """
     from peft import LoraConfig
-    from safetensors.torch import save_file
 
     layers = adapted_layers(model)
     if not layers:
@@ -124,7 +124,7 @@ def export_lora(
         inference_mode=True,
     )
     folder = Path(path)
-    write_atomic(folder / ADAPTER_WEIGHTS, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    write_atomic(folder / ADAPTER_WEIGHTS, lambda file: write_tensors(file, tensors))
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         config.save_pretrained(scratch)
         os.replace(Path(scratch) / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from guardspace_kernels.guard.files import write_text
+from guardspace_kernels.guard.atomic import write_text
 from guardspace_kernels.guard.null_space import free_dimensions
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
-from guardspace_kernels.guard.files import write_atomic
+from guardspace_kernels.guard.atomic import write_atomic
 from guardspace_kernels.guard.inspection import InputCapacity, Inspection
 
 _INK, _FAINT, _GRID = "#30343b", "#9aa0a8", "#e6e7ea"
@@ -36,7 +35,7 @@ def draw(report: Inspection, path: str | os.PathLike[str]) -> None:
         axes.set_axisbelow(True)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8.5)
-    write_atomic(Path(path), lambda temporary: figure.savefig(temporary, format="png", facecolor="white"))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", facecolor="white"))
 
 
 def kinds(report: Inspection) -> dict[str, list[InputCapacity]]:

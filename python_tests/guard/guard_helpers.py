@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import guardspace_kernels as gk
+from guardspace_kernels.guard.files import load_tensors, save_tensors
 
 PROMPTS = ([5, 9, 3, 7, 11, 4], [5, 2, 6], [8, 3, 9, 9, 10, 12, 6, 2, 7], [5, 13], [8, 4, 12, 3])
 
@@ -151,3 +156,17 @@ def assert_same_bits(a, b):
     for x, y in zip(a.inputs, b.inputs, strict=True):
         assert (x.layers, x.tokens, x.sink_tokens) == (y.layers, y.tokens, y.sink_tokens)
         assert torch.equal(x.covariance, y.covariance) and torch.equal(x.sinks, y.sinks)
+
+
+def rewrite(path, change, earlier=False):
+    """Calls ``change(tensors, header)`` on a file's content and writes it again: with the hashes of the new content, as
+    a forger would, or as an ``earlier`` version, without."""
+    with safe_open(path, framework="pt") as file:
+        kind = json.loads(file.metadata()["guardspace"])["kind"]
+    tensors, header = load_tensors(path, kind)
+    change(tensors, header)
+    if earlier:
+        header = {**header, "version": header["version"] - 1}
+        save_file(tensors, path, metadata={"format": "pt", "guardspace": json.dumps(header)})
+    else:
+        save_tensors(path, kind, tensors, header)
