@@ -23,7 +23,7 @@ from guardspace_kernels.guard.batches import (
     with_answers,
 )
 from guardspace_kernels.guard.fingerprint import ModelFingerprint, tensor_fingerprint
-from guardspace_kernels.guard.layers import is_conv1d, linear_weight
+from guardspace_kernels.guard.layers import adapted_base, is_conv1d, linear_weight, named_submodules, peft_model
 from guardspace_kernels.guard.routing import Routing
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 from guardspace_kernels.nn import NullSpaceProjector, ProjectedLoraLinear
@@ -62,19 +62,31 @@ class AdaptedLayer:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """Name in the base model -> adapted layer, for guarded layers and for plain PEFT LoRA layers."""
+    """Name in the base model -> adapted layer, for guarded layers and for plain PEFT LoRA layers.
+
+    Raises:
+        ValueError: several models with adapters, adapters outside of the one, a merged or non-finite adapter.
+    """
     found = {}
-    for full_name, module in model.named_modules():
-        name = full_name.removeprefix("base_model.model.")
+    named = dict(named_submodules(adapted_base(model)))
+    inside = set(named.values())
+    outside = [name for name, module in model.named_modules() if _is_adapted(module) and module not in inside]
+    if outside:
+        raise ValueError(f"layer {outside[0]} has an adapter outside of the model that PEFT adapted; give that model")
+    for name, module in named.items():
         if isinstance(module, ProjectedLoraLinear):
             F, G = module.delta_factors()
             weight, dtype, projector = module.weight.detach(), module.lora_A.dtype, module.projector
             found[name] = AdaptedLayer(module, weight, F, G, dtype, projector, False)
-        elif hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
+        elif _is_adapted(module):
             found[name] = _peft_layer(name, module)
         if name in found and not all(torch.isfinite(t).all() for t in (found[name].F, found[name].G)):
             raise ValueError(f"layer {name}: the adapter holds non-finite values; its training diverged")
     return found
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, ProjectedLoraLinear) or (hasattr(module, "lora_A") and hasattr(module, "get_base_layer"))
 
 
 def _peft_layer(name: str, module: Any) -> AdaptedLayer:
@@ -237,7 +249,7 @@ def certify(
 
     Source: GuardSpace's null-space condition (arXiv 2510.14301), turned into a number.
     """
-    layers = adapted_layers(model)
+    layers, model = adapted_layers(model), peft_model(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapted layer; nothing to certify")
     check_statistics(model, layers, stats)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from torch import nn
 from guardspace_kernels.guard.atomic import write_atomic, write_text
 from guardspace_kernels.guard.certificate import adapted_layers, check_statistics, relative_drift
 from guardspace_kernels.guard.files import write_tensors
-from guardspace_kernels.guard.layers import base_model, is_conv1d
+from guardspace_kernels.guard.layers import adapted_base, named_submodules
 
 if TYPE_CHECKING:
     from guardspace_kernels.guard.statistics import CalibrationStatistics
@@ -55,18 +55,33 @@ def peft_key(layer: str, factor: str) -> str:
     return f"base_model.model.{layer}.{factor}.weight"
 
 
-def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
-    """The shortest description that matches these layers and no other: their last names, or else the full ones."""
-    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
-    others = {re.sub(r"^base_model\.model\.", "", n).removesuffix(".base_layer") for n in _linear_names(model)}
-    caught = {name for name in others | set(names) if name.rsplit(".", 1)[-1] in endings}
-    return endings if caught == set(names) else names
+def target_modules(base: nn.Module, names: Sequence[str]) -> list[str] | str:
+    """How PEFT is told of these layers of the base model, and of no other module: by their last names, where those are
+    exact, or else by the full ones, or else by an expression (a full name is an ending too, for PEFT).
+
+    Exact by PEFT's own matching over all modules, of whatever kind: it refuses a file whose target catches a container.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    known = list(_bare_names(base))
+    choices = (sorted({name.rsplit(".", 1)[-1] for name in names}), sorted(names))
+    for choice in choices:
+        config = LoraConfig(target_modules=choice)
+        if {name for name in known if check_target_module_exists(config, name)} == set(names):
+            return choice
+    return "|".join(re.escape(name) for name in names)
 
 
-def _linear_names(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
-        if (isinstance(module, nn.Linear) or is_conv1d(module)) and "lora_" not in name:
-            yield name
+def _bare_names(base: nn.Module) -> Iterator[str]:
+    """The names that the base model's modules have without adapters."""
+    inside: tuple[str, ...] = ()
+    for name, module in named_submodules(base):
+        if name.startswith(inside):
+            continue
+        if hasattr(module, "lora_A") or hasattr(module, "modules_to_save"):
+            inside += (f"{name}.",)
+        yield name
 
 
 def export_lora(
@@ -82,7 +97,8 @@ def export_lora(
     or vLLM user loads it without this library, onto the base model that ``attach_guard`` was given.
 
     Args:
-        model: a guarded model, or any module with :class:`~guardspace_kernels.nn.ProjectedLoraLinear` layers.
+        model: a guarded model, or any module with :class:`~guardspace_kernels.nn.ProjectedLoraLinear` layers. It may be
+            wrapped (``torch.compile``, DistributedDataParallel) or part of another module.
         path: folder for ``adapter_model.safetensors`` and ``adapter_config.json``, each written atomically.
         dtype: of the factors; default that of the adapter. Rounding breaks "zero": the report measures by how much.
         stats: adds the drift on the calibration tokens, after rounding, to the report.
@@ -113,16 +129,18 @@ def export_lora(
         leak[name] = layer.leak(F, G)
         if stats is not None:
             drift[name] = relative_drift(F, G, layer.weight, stats.for_layer(name).covariance)
-    base = base_model(model)
+    base = adapted_base(model)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=_target_modules(model, list(layers)),
+        target_modules=target_modules(base, list(layers)),
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
         base_model_name_or_path=getattr(base, "name_or_path", None) or None,
         task_type="CAUSAL_LM" if hasattr(base, "prepare_inputs_for_generation") else None,
         inference_mode=True,
     )
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # a set's order changes from process to process
     folder = Path(path)
     write_atomic(folder / ADAPTER_WEIGHTS, lambda file: write_tensors(file, tensors))
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -18,9 +18,57 @@ def is_conv1d(module: nn.Module) -> bool:
     return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 
 
+# Class -> the child that it wraps. By name, since importing torch's compiler takes seconds.
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module that DistributedDataParallel trains; any other model itself."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    """What ``torch.compile``, DistributedDataParallel and PyTorch's other wrappers hold; any other model itself."""
+    children = (_WRAPPERS.get(c.__name__) for c in type(model).__mro__ if c.__module__.startswith("torch."))
+    child = next(filter(None, children), None)
+    return model if child is None else unwrapped(model.get_submodule(child))
+
+
+def peft_model(model: nn.Module) -> nn.Module:
+    """The PeftModel in ``model``, however it is wrapped or held; without one, the model unwrapped."""
+    model = unwrapped(model)
+    return next((m for m in model.modules() if callable(getattr(type(m), "get_base_model", None))), model)
+
+
+def adapted_base(model: nn.Module) -> nn.Module:
+    """The base model whose layers carry adapters, however it is wrapped or held; without PEFT, the model unwrapped.
+
+    Raises:
+        ValueError: the model holds several, whose layers one file of adapters cannot tell apart.
+    """
+    marked = [m for m in model.modules() if "peft_config" in vars(m)]  # PEFT marks the base model, and what is above it
+    found = [m for m in marked if not any(n is not m and n in marked for n in m.modules())]
+    if len(found) > 1:
+        kinds = ", ".join(type(m).__name__ for m in found)
+        raise ValueError(f"{type(model).__name__} holds {len(found)} models with adapters ({kinds}); give one of them")
+    return unwrapped(found[0] if found else model)
+
+
+def named_submodules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As ``model.named_modules()``, but what is wrapped inside has the name that it had before."""
+    seen: set[nn.Module] = set()
+
+    def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrapped(module)
+        if module in seen:
+            return
+        seen.add(module)
+        yield prefix, module
+        for name, child in module.named_children():
+            yield from walk(f"{prefix}.{name}" if prefix else name, child)
+
+    return walk("", model)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -75,13 +123,20 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-lin
             match the whole name, or a list of names or name endings, all as in PEFT.
 
     Raises:
-        TypeError: the model carries adapters or is a FullyShardedDataParallel, a layer's weight is not a floating-point
-            matrix (quantised), or the target includes experts whose weights are one parameter (E, ...).
+        TypeError: the model carries adapters, is a FullyShardedDataParallel or holds another wrapper, a layer's weight
+            is not a floating-point matrix (quantised), or the target includes experts in one parameter (E, ...).
         ValueError: nothing matches, or an entry of the list matches nothing.
     """
     linear = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)
     }
+    wrapped = [(name, module) for name, module in model.named_modules() if unwrapped(module) is not module]
+    if wrapped:
+        name, module = wrapped[0]
+        raise TypeError(
+            f"module {name!r} is wrapped in {type(module).__name__}, under which its layers have other names than in "
+            "the base model; wrap it after attach_guard"
+        )
     flat = [name for name, module in model.named_modules() if type(module).__name__ == "FullyShardedDataParallel"]
     if flat:
         raise TypeError(

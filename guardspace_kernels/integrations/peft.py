@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from typing import Any
 
@@ -13,9 +12,9 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from guardspace_kernels.guard.attach import layer_guards
-from guardspace_kernels.guard.export import ADAPTER_WEIGHTS, export_lora, peft_key
+from guardspace_kernels.guard.export import ADAPTER_WEIGHTS, export_lora, peft_key, target_modules
 from guardspace_kernels.guard.files import load_tensors, save_tensors
-from guardspace_kernels.guard.layers import is_conv1d
+from guardspace_kernels.guard.layers import is_conv1d, named_submodules, unwrapped
 from guardspace_kernels.guard.plan import GuardPlan
 from guardspace_kernels.integrations.peft_layer import LEAK_TOLERANCE, GuardedLinear, agree, second_adapter
 from guardspace_kernels.nn import NullSpaceProjector
@@ -35,7 +34,7 @@ class GuardedModelMixin:
     def guarded_layers(self) -> dict[str, GuardedLinear]:
         """Name in the base model -> layer."""
         base = self.get_base_model()  # type: ignore[attr-defined]
-        return {name: m for name, m in base.named_modules() if isinstance(m, GuardedLinear)}
+        return {name: m for name, m in named_submodules(base) if isinstance(m, GuardedLinear)}
 
     def save_pretrained(
         self,
@@ -155,14 +154,6 @@ class GuardedPeftModelForCausalLM(GuardedModelMixin, PeftModelForCausalLM):
     """A guarded :class:`peft.PeftModelForCausalLM`."""
 
 
-def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
-    """The names as PEFT's target_modules: a list, or an expression where PEFT's match of endings would catch more."""
-    endings = tuple(f".{name}" for name in names)
-    wanted = set(names)
-    ambiguous = any(name.endswith(endings) and name not in wanted for name, _ in model.named_modules())
-    return "|".join(re.escape(name) for name in names) if ambiguous else names
-
-
 def attach_guard(
     model: nn.Module, plan: GuardPlan, *, residual: str = "virtual", adapter_name: str = "default"
 ) -> GuardedPeftModel | GuardedPeftModelForCausalLM:
@@ -172,7 +163,8 @@ def attach_guard(
     the base model's. Exact under any optimiser, because ``A P`` is formed in every forward. Biases stay frozen.
 
     Args:
-        model: the base model of the plan, or a copy of it; its linear layers are wrapped in place, as PEFT does.
+        model: the base model of the plan, or a copy of it; its linear layers are wrapped in place, as PEFT does. Out of
+            ``torch.compile`` or DistributedDataParallel it is taken: wrap what is returned.
         plan: of :func:`plan_guard`.
         residual: "virtual" never touches W (``y = W x + [sB | −sB₀]([A P; A₀P] x)``); "frozen" writes W_res into it
             and saves the extra rank, but rounds W to its dtype.
@@ -189,6 +181,7 @@ def attach_guard(
     """
     if residual not in RESIDUALS:
         raise ValueError(f"residual must be one of {RESIDUALS}, got {residual!r}")
+    model = unwrapped(model)
     guards = dict(layer_guards(model, plan))
     modules = {name: model.get_submodule(name) for name in guards}
     transposed = any(is_conv1d(module) for module in modules.values())
@@ -196,7 +189,7 @@ def attach_guard(
     config = LoraConfig(
         r=plan.config.rank,
         lora_alpha=plan.config.scale * plan.config.rank,
-        target_modules=_target_modules(model, list(guards)),
+        target_modules=target_modules(model, list(guards)),
         lora_dropout=plan.config.dropout,
         init_lora_weights=False,
         fan_in_fan_out=transposed,

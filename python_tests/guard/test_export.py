@@ -203,3 +203,56 @@ def test_exported_adapters_certify_like_the_guarded_model(tmp_path):
     ours, theirs = gk.certify(guarded, stats), gk.certify(plainly_loaded(base, tmp_path), stats)
     for a, b in zip(ours.layers, theirs.layers, strict=True):
         assert math.isclose(a.drift, b.drift, rel_tol=1e-4)
+
+
+class Blocks(nn.Module):
+    """Numbered blocks that are containers, with names that end each other's."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(60, 8)
+        if kind == "sequential":  # layers are called 0 and 2, and so is a block
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(3))
+        elif kind == "ctrl":  # h.0.ffn.0 is a layer, h.0 a block
+            self.h = nn.ModuleList(nn.ModuleDict({"ffn": nn.Sequential(nn.Linear(8, 8))}) for _ in range(2))
+        elif kind == "full name ends another":
+            self.dense = nn.Linear(8, 8)
+            self.inner = nn.ModuleDict({"dense": nn.ModuleDict({"dense": nn.Linear(8, 8)})})
+        else:
+            self.mlp, self.other = nn.Linear(8, 8), nn.ModuleDict({"mlp": nn.ModuleDict({"fc": nn.Linear(8, 8)})})
+        self.order = [name for name, module in self.named_modules() if isinstance(module, nn.Linear)]
+
+    def forward(self, input_ids, attention_mask=None):
+        h = self.embed(input_ids)
+        for name in self.order:
+            h = h + self.get_submodule(name)(h).tanh()
+        return h
+
+
+@pytest.mark.parametrize(
+    "kind, target, wanted",
+    [
+        ("sequential", "all-linear", {f"blocks.{i}.{j}" for i in range(3) for j in (0, 2)}),
+        ("sequential", ["blocks.1.0"], {"blocks.1.0"}),
+        ("ctrl", "all-linear", {"h.0.ffn.0", "h.1.ffn.0"}),
+        ("full name ends another", ["inner.dense.dense"], {"inner.dense.dense"}),
+        ("full name ends another", r"dense", "dense"),
+        ("container of the same name", r"mlp", "mlp"),
+        ("container of the same name", ["fc"], {"fc"}),
+    ],
+)
+def test_target_modules_catch_no_container(kind, target, wanted, tmp_path):
+    base = Blocks(kind)
+    batches = [batch_of()]
+    stats = gk.collect_statistics(base, batches, target_modules=target, progress=False)
+    guarded = perturb(gk.attach_guard(copy.deepcopy(base), plan_for(base, stats, rank=2, protect=0.5)))
+    assert list(guarded.guarded_layers()) == stats.layers
+    gk.export_lora(guarded, tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert (saved if isinstance(saved, str) else set(saved)) == wanted
+    untouched = output(base)
+    loaded = plainly_loaded(base, tmp_path)
+    assert [n for n, m in loaded.get_base_model().named_modules() if hasattr(m, "lora_A")] == stats.layers
+    torch.testing.assert_close(output(loaded), output(guarded), rtol=1e-4, atol=1e-4)
+    assert float((output(loaded) - untouched).abs().max()) > 1e-3
