@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from guardspace_kernels.guard.export import ExportReport, export_lora
     from guardspace_kernels.guard.plan import GuardConfig, GuardPlan
     from guardspace_kernels.guard.planning import plan_guard
+    from guardspace_kernels.guard.prompt_files import read_prompts
     from guardspace_kernels.guard.statistics import CalibrationStatistics
+    from guardspace_kernels.integrations.chat import prompt_batches
     from guardspace_kernels.integrations.optim import GuardedAdamW, guard_optimizer
     from guardspace_kernels.integrations.peft import attach_guard
     from guardspace_kernels.integrations.transformers import GuardCallback
@@ -29,6 +31,8 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "CalibrationStatistics": "guard.statistics",
+    "read_prompts": "guard.prompt_files",
+    "prompt_batches": "integrations.chat",
     "collect_statistics": "guard.collection",
     "GuardConfig": "guard.plan",
     "GuardPlan": "guard.plan",

@@ -1,18 +1,36 @@
-"""The ``guardspace`` command."""
+"""The ``guardspace`` command.
+
+Exit statuses: 0, 1 where a bound that was asked for is exceeded, 2 where something given cannot be used, 3 after an
+error that is nobody's refusal, with its traceback.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dis
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import guardspace_kernels
 
+_STATUSES = (
+    "exit status: 0 if all went well; 1 if a bound is exceeded (certify --max-drift, demo --check); 2 if an argument, "
+    "a file or the machine will not do, with the reason in one line; 3 after any other error, with its traceback"
+)
+_HINT = (
+    "guardspace {}: the error above is not one that this library raises on purpose; please report it with these lines "
+    "and the output of guardspace env"
+)
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="guardspace", description="Fine-tune an aligned language model without losing its refusals."
+        prog="guardspace",
+        description="Fine-tune an aligned language model without losing its refusals.",
+        epilog=_STATUSES,
     )
     parser.add_argument("--version", action="version", version=guardspace_kernels.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -60,7 +78,7 @@ def _command(commands: Any, name: str, help: str, description: str, example: str
         name,
         help=help,
         description=description,
-        epilog=f"example:\n  {example}",
+        epilog=f"example:\n  {example}\n\n" + _STATUSES.replace("; ", "\n  ").replace("status: ", "status:\n  "),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="folder or hub name of the aligned base model, or a .gguf file of it")
@@ -78,6 +96,11 @@ def _command(commands: Any, name: str, help: str, description: str, example: str
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
     parser.add_argument("--raw", action="store_true", help="use the prompts as they are, without the chat template")
+    parser.add_argument(
+        "--column",
+        metavar="NAME",
+        help='of the prompts in a .jsonl, .json, .csv or .tsv file, such as goal (default: prompt, or else "messages")',
+    )
 
 
 def _add_collect(commands: Any) -> None:
@@ -86,11 +109,12 @@ def _add_collect(commands: Any) -> None:
         "collect",
         "statistics of a model's layers on harmful requests that it refuses",
         "Runs the model on requests that it refuses and saves, for the input of every linear layer, the covariance\n"
-        'that a plan is made from. PROMPTS has one request per line, or is .jsonl with a field "prompt". They go\n'
-        "through the tokenizer's chat template. A hundred or two will do; guardspace inspect tells if more would help.",
+        "that a plan is made from. PROMPTS has one request per line (.txt), or is .jsonl, .json, .csv or .tsv\n"
+        "with a column of requests or of chat messages. They go through the tokenizer's chat template. A hundred or\n"
+        "two will do; guardspace inspect tells if more would help.",
         "guardspace collect MODEL requests.txt --out stats.safetensors --answer-tokens 12 --max-memory 4GB",
     )
-    collect.add_argument("prompts", help="text file, one request per line, or .jsonl")
+    collect.add_argument("prompts", help="file of requests: .txt, .jsonl, .json, .csv or .tsv")
     collect.add_argument("--out", required=True, metavar="FILE", help="where the statistics go")
     collect.add_argument(
         "--answer-tokens", type=int, default=12, metavar="N", help="of the model's own answer to include (default: 12)"
@@ -175,66 +199,63 @@ def _add_export(commands: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print(f"guardspace {options.command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if isinstance(error, OSError) or _refused(error):
+            text = error.args[0] if isinstance(error, KeyError) else error
+            print(f"guardspace {options.command}: {text}", file=sys.stderr)
+            return 2
+        if type(error).__name__ == "OutOfMemoryError":
+            print(f"guardspace {options.command}: {error}; try a smaller --batch-size or --max-memory", file=sys.stderr)
+            return 2
+        traceback.print_exc()
+        print(_HINT.format(options.command), file=sys.stderr)
+        return 3
+
+
+def _refused(error: Exception) -> bool:
+    """Whether a ``raise`` of this package made the error: whatever else has the same class is a bug."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or isinstance(error, AssertionError):
+        return False
+    code = place.tb_frame.f_code
+    ours = os.path.dirname(os.path.abspath(__file__)) + os.sep
+    return code.co_filename.startswith(ours) and dis.opname[code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.command == "env":
         from guardspace_kernels.env_report import environment_report
 
         print(environment_report())
         return 0
-    if options.command == "inspect":
-        return _inspect(options)
     if options.command == "demo":
         return _demo(options)
     from guardspace_kernels import commands
 
-    try:
-        return int(getattr(commands, options.command)(options))
-    except (OSError, TypeError, ValueError) as error:
-        print(f"guardspace {options.command}: {error}", file=sys.stderr)
-        return 2
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    from guardspace_kernels.guard.inspection import inspect_statistics
-    from guardspace_kernels.guard.statistics import CalibrationStatistics
-
-    try:
-        heldout, task = (path and CalibrationStatistics.load(path) for path in (options.heldout, options.task))
-        parts = [CalibrationStatistics.load(path) for path in options.statistics]
-        report = inspect_statistics(parts, task=task, heldout=heldout, rank=options.rank)
-        if options.json:
-            report.save(options.json)
-        if options.png:
-            from guardspace_kernels.guard.inspection_figure import draw
-
-            draw(report, options.png)
-    except ModuleNotFoundError as error:
-        print(f"guardspace inspect: --png needs {error.name}: pip install matplotlib", file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        print(f"guardspace inspect: {error}", file=sys.stderr)
-        return 2
-    print(report)
-    return 0
+    return int(getattr(commands, options.command)(options))
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from guardspace_kernels.arguments import writable_folder
+
+    writable_folder("--out", options.out)
     try:
-        from guardspace_kernels.demo.data import DemoDataError
         from guardspace_kernels.demo.experiment import run_demo
         from guardspace_kernels.demo.report import failed_claims
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "guardspace_kernels":
             raise  # a broken installation, not a missing extra
-        print(
-            f"guardspace demo needs {error.name}: install the extra with pip install 'guardspace-kernels[demo]'",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        result = run_demo(options.out, quick=options.quick, seed=options.seed)
-    except DemoDataError as error:
-        print(f"guardspace demo: {error}", file=sys.stderr)
-        return 2
+        raise ValueError(
+            f"needs {error.name}: install the extra with pip install 'guardspace-kernels[demo]'"
+        ) from error
+    result = run_demo(options.out, quick=options.quick, seed=options.seed)
     failed = failed_claims(result)
     for claim in failed:
         print(f"failed: {claim}", file=sys.stderr)

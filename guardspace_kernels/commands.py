@@ -1,4 +1,7 @@
-"""What the commands ``guardspace collect``, ``plan``, ``certify`` and ``export`` do: load, call the function, save."""
+"""What ``guardspace collect``, ``inspect``, ``plan``, ``certify`` and ``export`` do: load, call the function, save.
+
+What a user gives is looked at before any weights are loaded, and errors of other libraries are told in our words.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,42 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
-from guardspace_kernels.guard.batches import Batch
+from guardspace_kernels.arguments import integer, number, readable_file, writable_file, writable_folder
+from guardspace_kernels.guard.batches import Batch, positions_of
 from guardspace_kernels.guard.certificate import DriftExceededError
 from guardspace_kernels.guard.certificate import certify as certify_adapter
 from guardspace_kernels.guard.collection import collect_statistics
-from guardspace_kernels.guard.export import export_lora
+from guardspace_kernels.guard.export import ADAPTER_CONFIG, ADAPTER_WEIGHTS, export_lora
+from guardspace_kernels.guard.inspection import inspect_statistics
+from guardspace_kernels.guard.passes import parse_bytes
 from guardspace_kernels.guard.plan import GuardConfig, GuardPlan
 from guardspace_kernels.guard.planning import plan_guard
+from guardspace_kernels.guard.prompt_files import PROMPT_FILES, read_prompts
 from guardspace_kernels.guard.statistics import CalibrationStatistics
+from guardspace_kernels.integrations.chat import prompt_batches
+
+_CERTIFIED_ANSWER = 12  # tokens, as certify has it by default
 
 
 def collect(options: argparse.Namespace) -> int:
-    prompts = read_prompts(options.prompts)
-    tokenizer = _tokenizer(options.model)
-    batches = batches_of(tokenizer, prompts, options.batch_size, options.raw)
+    integer("--answer-tokens", options.answer_tokens, 0)
+    integer("--checkpoint-every", options.checkpoint_every, 1)
+    parse_bytes("--max-memory", options.max_memory)
+    _check_outputs(options, ("prompts", "model"), ("out", "checkpoint"))
+    device = _device(options)
+    batches = _batches(options, options.prompts, options.answer_tokens)
     if options.dry_run:
-        return _dry_run(options, batches)
+        return _dry_run(options, batches, device)
     stats = collect_statistics(
-        _model(options),
+        _model(options, device),
         batches,
         options.target_modules or "all-linear",
         answer_tokens=options.answer_tokens,
@@ -37,154 +52,270 @@ def collect(options: argparse.Namespace) -> int:
         checkpoint_every=options.checkpoint_every,
         max_memory=options.max_memory,
     )
-    stats.save(options.out)
+    with _writing("--out", options.out):
+        stats.save(options.out)
     print(f"{options.out}: {stats!r}")
+    return 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    integer("--rank", options.rank, 1)
+    _check_outputs(options, ("statistics", "heldout", "task"), ("json", "png"))
+    if options.png and find_spec("matplotlib") is None:
+        raise ValueError("--png needs matplotlib: pip install matplotlib")
+    heldout, task = (
+        _statistics(f"--{name}", getattr(options, name)) if getattr(options, name) else None
+        for name in ("heldout", "task")
+    )
+    parts = [_statistics("statistics", path) for path in options.statistics]
+    report = inspect_statistics(parts, task=task, heldout=heldout, rank=options.rank)
+    if options.json:
+        with _writing("--json", options.json):
+            report.save(options.json)
+    if options.png:
+        from guardspace_kernels.guard.inspection_figure import draw
+
+        with _writing("--png", options.png):
+            draw(report, options.png)
+    print(report)
     return 0
 
 
 def plan(options: argparse.Namespace) -> int:
     config = GuardConfig(rank=options.rank, alpha=options.alpha, protect=options.protect, init=options.init)
-    stats = CalibrationStatistics.load(options.statistics)
+    parse_bytes("--max-memory", options.max_memory)
+    _check_outputs(options, ("statistics", "model"), ("out",))
+    device = _device(options)
+    stats = _statistics("statistics", options.statistics)
     made = plan_guard(
-        _model(options), stats, config, target_modules=options.target_modules, max_memory=options.max_memory
+        _model(options, device), stats, config, target_modules=options.target_modules, max_memory=options.max_memory
     )
-    made.save(options.out)
+    with _writing("--out", options.out):
+        made.save(options.out)
     print(made)
     return 0
 
 
 def certify(options: argparse.Namespace) -> int:
-    stats = CalibrationStatistics.load(options.statistics)
-    heldout = None
-    if options.heldout:
-        tokenizer = _tokenizer(options.model)
-        heldout = batches_of(tokenizer, read_prompts(options.heldout), options.batch_size, options.raw)
-    model = _model(options)
-    if options.plan:
-        model = _guarded(model, options.plan, options.adapter)
+    if options.max_drift is not None:
+        number("--max-drift", options.max_drift, "a number of 0 or more", lambda x: x >= 0)
+    _check_adapter(options.adapter)
+    _check_outputs(options, ("statistics", "plan", "heldout", "model"), ("json",))
+    device = _device(options)
+    stats = _statistics("statistics", options.statistics)
+    made = _plan("--plan", options.plan) if options.plan else None
+    heldout = _batches(options, options.heldout, _CERTIFIED_ANSWER) if options.heldout else None
+    model = _model(options, device)
+    if made is not None:
+        model = _guarded(model, made, options.adapter)
     else:
         from peft import PeftModel
 
-        _folder(options.adapter)
-        model = PeftModel.from_pretrained(model, options.adapter)
+        with _told(f"adapter: {options.adapter} cannot be loaded onto {options.model}"):
+            model = PeftModel.from_pretrained(model, options.adapter)
     status = 0
     try:
-        report = certify_adapter(model, stats, heldout, max_drift=options.max_drift)
+        report = certify_adapter(model, stats, heldout, answer_tokens=_CERTIFIED_ANSWER, max_drift=options.max_drift)
     except DriftExceededError as error:
         report, status = error.report, 1
         print(f"guardspace certify: {error}", file=sys.stderr)
     if options.json:
-        report.save(options.json)
+        with _writing("--json", options.json):
+            report.save(options.json)
     print(report)
     return status
 
 
 def export(options: argparse.Namespace) -> int:
-    stats = CalibrationStatistics.load(options.statistics) if options.statistics else None
-    model = _guarded(_model(options), options.plan, options.adapter)
+    _check_adapter(options.adapter)
+    _check_outputs(options, ("adapter", "plan", "statistics", "model"), ("out",), folder=True)
+    device = _device(options)
+    stats = _statistics("--statistics", options.statistics) if options.statistics else None
+    model = _guarded(_model(options, device), _plan("plan", options.plan), options.adapter)
     dtype = getattr(torch, options.factors) if options.factors else None
-    print(export_lora(model, options.out, dtype=dtype, stats=stats))
+    with _writing("--out", options.out):
+        report = export_lora(model, options.out, dtype=dtype, stats=stats)
+    print(report)
     return 0
 
 
-def read_prompts(path: str) -> list[str]:
-    """One prompt per line of a text file, or the field "prompt" of every line of a .jsonl file."""
-    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if path.endswith(".jsonl"):
-            try:
-                line = json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number}: expected an object with a field "prompt"') from error
-            if not isinstance(line, str) or not line.strip():
-                raise ValueError(f'{path}, line {number}: "prompt" must be a text that is not empty')
-        prompts.append(line)
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt; give one per line")
-    return prompts
+def _check_outputs(
+    options: argparse.Namespace, read: tuple[str, ...], written: tuple[str, ...], folder: bool = False
+) -> None:
+    """ValueError unless what is to be written can be, and is none of what is read."""
+    taken: dict[str, str] = {}
+    for name in read:
+        given = getattr(options, name)
+        for one in given if isinstance(given, list) else [given] if given else []:
+            taken[os.path.realpath(one)] = name
+    for name in written:
+        target = getattr(options, name)
+        if target is None:
+            continue
+        flag = f"--{name}"
+        (writable_folder if folder else writable_file)(flag, target)
+        other = taken.setdefault(os.path.realpath(target), flag)
+        if other != flag:
+            raise ValueError(f"{flag}: {target} is given as {other} too, and would be overwritten; give another name")
 
 
-def batches_of(tokenizer: Any, prompts: list[str], size: int, raw: bool) -> list[Batch]:
-    """Padded batches, through the chat template unless there is none or ``raw``."""
-    if size < 1:
-        raise ValueError(f"--batch-size must be 1 or more, got {size}")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token is None:
-        raise ValueError("the tokenizer has neither a padding nor an end-of-sequence token to pad with")
-    tokenizer.padding_side = "left"
-    chat = not raw and tokenizer.chat_template is not None
-    if chat:
-        prompts = [
-            tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
-            for p in prompts
-        ]
-    batches: list[Batch] = []
-    for i in range(0, len(prompts), size):
-        # A template writes its own special tokens.
-        made = tokenizer(prompts[i : i + size], return_tensors="pt", padding=True, add_special_tokens=not chat)
-        batches.append({key: made[key] for key in ("input_ids", "attention_mask")})
-    return batches
+@contextmanager
+def _writing(flag: str, path: str) -> Iterator[None]:
+    """Says of an error that it came up while that was written; a full disk is one."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise ValueError(f"{flag}: {path} cannot be written: {reason}; nothing under that name was changed") from error
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Errors of another library's loading, whatever their class, as one line that begins with ``what``."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _batches(options: argparse.Namespace, path: str, answer_tokens: int) -> list[Batch]:
+    """Of a file of prompts, each of which the model has room for, its answer included."""
+    integer("--batch-size", options.batch_size, 1)
+    readable_file("prompts" if path == getattr(options, "prompts", None) else "--heldout", path, PROMPT_FILES)
+    prompts = read_prompts(path, options.column)
+    for prompt_number, prompt in enumerate(prompts, 1):
+        if answer_tokens and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+            raise ValueError(
+                f"{path}, prompt {prompt_number} ends with an assistant's message, where {answer_tokens} tokens of the "
+                "model's own answer are to follow; leave that message out"
+            )
+    limit = positions_of(_from_pretrained("AutoConfig", options.model))
+    if limit is not None and limit <= answer_tokens:
+        raise ValueError(f"--answer-tokens {answer_tokens}: the model has {limit} positions")
+    return prompt_batches(
+        _from_pretrained("AutoTokenizer", options.model),
+        prompts,
+        options.batch_size,
+        chat=not options.raw,
+        max_tokens=None if limit is None else limit - answer_tokens,
+    )
+
+
+def _statistics(name: str, path: str) -> CalibrationStatistics:
+    return CalibrationStatistics.load(readable_file(name, path, "statistics of guardspace collect"))
+
+
+def _plan(name: str, path: str) -> GuardPlan:
+    return GuardPlan.load(readable_file(name, path, "a plan of guardspace plan"))
 
 
 def _source(model: str) -> tuple[str, dict[str, Any]]:
-    """What ``from_pretrained`` takes."""
+    """What ``from_pretrained`` takes: a folder, a .gguf file, or the name of a model on the Hub."""
+    ours: dict[str, Any] = {"trust_remote_code": False}  # asked otherwise, on a terminal
     if model.endswith(".gguf"):
         if not os.path.isfile(model):
-            raise FileNotFoundError(f"{model} does not exist (a .gguf file was expected)")
-        return os.path.dirname(os.path.abspath(model)), {"gguf_file": os.path.basename(model)}
-    return model, {}
+            raise FileNotFoundError(f"model: {model} does not exist (a .gguf file was expected)")
+        return os.path.dirname(os.path.abspath(model)), {"gguf_file": os.path.basename(model), **ours}
+    if os.path.isdir(model):
+        if not os.path.isfile(os.path.join(model, "config.json")):
+            raise FileNotFoundError(f"model: {model} holds no config.json; give the folder of save_pretrained")
+        return model, {"local_files_only": True, **ours}
+    if os.path.exists(model):
+        raise ValueError(f"model: {model} is a file; give the folder of save_pretrained, or a .gguf file")
+    if model.startswith((".", "~", os.sep)) or model.endswith(os.sep) or model.count("/") > 1 or not model:
+        raise FileNotFoundError(
+            f"model: {model!r} does not exist; give the folder of save_pretrained, a .gguf file, or a model of the Hub"
+        )
+    return model, ours
 
 
-def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
+def _from_pretrained(auto: str, model: str, **extra: Any) -> Any:
+    """What that class of Transformers loads; an error in one line that names the model."""
+    import transformers
 
-    source, extra = _source(model)
-    return AutoTokenizer.from_pretrained(source, **extra)
+    source, ours = _source(model)
+    part = {"AutoConfig": "its configuration", "AutoTokenizer": "its tokenizer"}.get(auto, "its weights")
+    where = f"{model}: {part} cannot be loaded"
+    if source == model and not os.path.isdir(model):
+        where = f"{model} is no folder here, and {part} cannot be loaded from the Hub by that name"
+    with _told(f"model: {where}"):
+        return getattr(transformers, auto).from_pretrained(source, **ours, **extra)
 
 
-def _model(options: argparse.Namespace) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    source, extra = _source(options.model)
+def _model(options: argparse.Namespace, device: torch.device) -> nn.Module:
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    device = _device(options)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
-    return model.to(device).eval()
+    # Of weights that do not fit the report tells more than the error: both ways nothing is loaded.
+    model, report = _from_pretrained(
+        "AutoModelForCausalLM", options.model, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    absent = sorted([*report["missing_keys"], *mismatched])
+    if absent:
+        raise ValueError(
+            f"model: {options.model} has no weights, or of another shape, for {len(absent)} parameters, such as "
+            f"{absent[0]}, which would start at random; is it whole, and a causal language model?"
+        )
+    moved: nn.Module = model.to(device).eval()
+    return moved
 
 
 def _device(options: argparse.Namespace) -> torch.device:
     if options.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(options.device)
-    except RuntimeError as error:
-        raise ValueError(f"--device must be such as cpu, cuda or cuda:1, got {options.device!r}") from error
+        device = torch.device(options.device)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise ValueError(
+            f"--device must be such as cpu, cuda or cuda:1 and exist, got {options.device!r}; there is "
+            f"{', '.join(['cpu', *there])}"
+        ) from error
+    return device
 
 
-def _guarded(model: nn.Module, plan: str, adapter: str) -> Any:
+def _guarded(model: nn.Module, plan: GuardPlan, adapter: str) -> Any:
     from guardspace_kernels.integrations.peft import attach_guard
 
-    _folder(adapter)
-    guarded = attach_guard(model, GuardPlan.load(plan))
+    guarded = attach_guard(model, plan)
     guarded.load_adapter(adapter, guarded.active_adapter)
     return guarded
 
 
-def _folder(adapter: str) -> None:
-    if not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
-        raise FileNotFoundError(f"{adapter} holds no adapter_config.json; give the folder of save_pretrained")
+def _check_adapter(adapter: str) -> None:
+    """ValueError unless the folder holds a LoRA in safetensors: PEFT would read pickles and ask the Hub otherwise."""
+    if not os.path.isfile(os.path.join(adapter, ADAPTER_CONFIG)):
+        raise FileNotFoundError(f"adapter: {adapter} holds no {ADAPTER_CONFIG}; give the folder of save_pretrained")
+    if not os.path.isfile(os.path.join(adapter, ADAPTER_WEIGHTS)):
+        raise FileNotFoundError(
+            f"adapter: {adapter} holds no {ADAPTER_WEIGHTS}; other formats, pickles among them, are not read: save the "
+            "adapter with safe_serialization=True"
+        )
+    try:
+        with open(os.path.join(adapter, ADAPTER_CONFIG), encoding="utf-8") as file:
+            config = json.load(file)
+        kind = config["peft_type"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"adapter: {adapter}/{ADAPTER_CONFIG} is no configuration of PEFT: {error}") from error
+    if kind != "LORA":
+        raise ValueError(f"adapter: {adapter} is of peft_type {kind!r}; a LoRA is needed")
 
 
-def _dry_run(options: argparse.Namespace, batches: list[Batch]) -> int:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _dry_run(options: argparse.Namespace, batches: list[Batch], device: torch.device) -> int:
+    from transformers import AutoModelForCausalLM
 
     from guardspace_kernels.guard.estimate import estimate_preparation
 
-    source, extra = _source(options.model)
-    config = AutoConfig.from_pretrained(source, **extra)
-    with torch.device("meta"):
+    config = _from_pretrained("AutoConfig", options.model)
+    where = f"model: {options.model} is not one that Transformers makes from its configuration"
+    with _told(where), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     named = options.dtype if options.dtype != "auto" else str(getattr(config, "dtype", None) or "float32")
     prompts = sum(len(batch["input_ids"]) for batch in batches)
@@ -198,7 +329,7 @@ def _dry_run(options: argparse.Namespace, batches: list[Batch]) -> int:
             batch_size=options.batch_size,
             target_modules=options.target_modules or "all-linear",
             dtype=getattr(torch, named.removeprefix("torch.")),
-            device=_device(options),
+            device=device,
             max_memory=options.max_memory,
         )
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -157,7 +158,8 @@ def test_cpu_flags_come_from_the_kernel_or_are_unknown(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--help"], ["guardspace", "env", "inspect", "demo"]),
+        (["--help"], ["guardspace", "env", "inspect", "demo", "exit status: 0"]),
+        (["certify", "--help"], ["--max-drift", "--column", "1 if a bound is exceeded", "2 if an argument"]),
         (["inspect", "--help"], ["statistics", "--json", "protect"]),
         (["demo", "--help"], ["--quick", "--out", "--seed", "--check", "PyPI"]),
     ],
@@ -199,14 +201,15 @@ def test_demo_without_its_extra_says_what_to_install(dependency, monkeypatch, ca
     assert main(["demo"]) == 2
     assert (
         capsys.readouterr().err
-        == f"guardspace demo needs {dependency}: install the extra with pip install 'guardspace-kernels[demo]'\n"
+        == f"guardspace demo: needs {dependency}: install the extra with pip install 'guardspace-kernels[demo]'\n"
     )
 
 
-def test_demo_does_not_blame_the_extra_for_a_broken_installation(monkeypatch):
+def test_demo_does_not_blame_the_extra_for_a_broken_installation(monkeypatch, capsys):
     _without(monkeypatch, "guardspace_kernels.demo.lost")
-    with pytest.raises(ModuleNotFoundError, match=r"guardspace_kernels\.demo\.lost"):
-        main(["demo"])
+    assert main(["demo"]) == 3
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and "No module named 'guardspace_kernels.demo.lost'" in shown
 
 
 @pytest.mark.parametrize("claims, check, status", [([], True, 0), (["lost"], True, 1), (["lost"], False, 0)])
@@ -220,3 +223,53 @@ def test_demo_passes_its_options_on_and_checks_the_claims(claims, check, status,
     assert main(["demo", "--quick", "--out", "there", "--seed", "3", *(["--check"] if check else [])]) == status
     assert calls == [("there", True, 3)]
     assert capsys.readouterr().err == "".join(f"failed: {claim}\n" for claim in claims)
+
+
+def _refuse(_options):
+    raise ValueError("x must be 1, got 2")
+
+
+def _foreign(_options):
+    int("no number")
+
+
+def _missing(_options):
+    Path("/nowhere/at/all").read_text()
+
+
+def _no_key(_options):
+    return {}["lost"]
+
+
+def _impossible(_options):
+    raise AssertionError("cannot be")
+
+
+def _interrupted(_options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "body, status, line",
+    [
+        (_refuse, 2, "guardspace plan: x must be 1, got 2"),
+        (_missing, 2, "guardspace plan: [Errno 2] No such file or directory: '/nowhere/at/all'"),
+        (_foreign, 3, "ValueError: invalid literal for int() with base 10: 'no number'"),
+        (_no_key, 3, "KeyError: 'lost'"),
+        (_impossible, 3, "AssertionError: cannot be"),
+        (_interrupted, 130, "guardspace plan: interrupted"),
+    ],
+)
+def test_refusals_are_one_line_and_bugs_keep_their_traceback(body, status, line, monkeypatch, capsys):
+    from guardspace_kernels import commands
+
+    ours = {**vars(commands), "body": body}
+    code = compile("def plan(options):\n    return body(options)\n", commands.__file__, "exec")
+    exec(code, ours)
+    # As if the function stood in the package.
+    body.__code__ = body.__code__.replace(co_filename=commands.__file__)
+    monkeypatch.setattr(commands, "plan", ours["plan"])
+    assert main(["plan", "model", "stats", "--out", "plan"]) == status
+    lines = capsys.readouterr().err.splitlines()
+    assert line in lines
+    assert (len(lines) == 1) == (status != 3) and ("please report it" in lines[-1]) == (status == 3)

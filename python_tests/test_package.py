@@ -17,6 +17,7 @@ PACKAGE = Path(gk.__file__).parent
 #: Imports run downwards only. A module may import from layers with a smaller number, and from its own.
 LAYERS = {
     "_cpu": 0,  # compiled
+    "arguments": 0,
     "build_info": 0,
     "dispatch": 0,
     "ops": 1,

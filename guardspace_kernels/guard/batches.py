@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -58,6 +58,34 @@ def check_ids(model: nn.Module, batch: Batch, index: int) -> None:
         raise ValueError(
             f"batch {index}: prompt {prompt} holds token {int(ids[prompt, place])}, but the model knows {known} "
             "tokens; tokenize with this model's tokenizer"
+        )
+
+
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model of that Transformers configuration has positions for; None where it does not say."""
+    get_text = getattr(config, "get_text_config", None)
+    with suppress(ValueError):  # several texts: no one answer
+        config = get_text() if callable(get_text) else config
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def check_length(model: nn.Module, batch: Batch, index: int, answer_tokens: int = 0) -> None:
+    """ValueError that names the prompt if it is longer, with its answer, than the model has positions for."""
+    limit = positions_of(getattr(base_model(model), "config", None))
+    if limit is None:
+        return
+    positions = batch.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.dim() == 2:
+        lengths = positions.amax(dim=1) + 1
+    else:
+        lengths = checked_mask(batch, index).sum(dim=1) + answer_tokens
+    longest = int(lengths.argmax())
+    if lengths[longest] > limit:
+        answer = f" with {answer_tokens} of its answer" if answer_tokens else ""
+        raise ValueError(
+            f"batch {index}: prompt {longest} has {int(lengths[longest])} tokens{answer}, but the model has {limit} "
+            "positions; shorten or leave out the prompt"
         )
 
 

@@ -16,6 +16,7 @@ from guardspace_kernels.guard.atomic import write_text
 from guardspace_kernels.guard.batches import (
     Batch,
     check_ids,
+    check_length,
     checked_mask,
     evaluating,
     forward_batch,
@@ -339,6 +340,7 @@ def _measure_heldout(
         for index, raw in enumerate(batches):
             checked_mask(raw, index)
             check_ids(model, raw, index)
+            check_length(model, raw, index, answer_tokens)
             with disable_adapter():
                 batch = with_answers(model, to_device(model, raw), answer_tokens)
                 mask = batch["attention_mask"].bool()

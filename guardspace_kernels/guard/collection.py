@@ -18,6 +18,7 @@ from guardspace_kernels.guard.batches import (
     Batch,
     check_answerable,
     check_ids,
+    check_length,
     checked_mask,
     evaluating,
     forward_batch,
@@ -59,6 +60,7 @@ def plan_collection(
 def _check(model: nn.Module, batch: Batch, index: int, answer_tokens: int) -> None:
     checked_mask(batch, index)
     check_ids(model, batch, index)
+    check_length(model, batch, index, answer_tokens)
     if answer_tokens:
         check_answerable(model, batch)
 

@@ -115,7 +115,7 @@ def test_a_dry_run_estimates_and_loads_no_weights(folder, capsys, monkeypatch):
     [
         (["collect", "model", "missing.txt", "--out", "x"], "missing.txt"),
         (["collect", "model", "prompts.txt", "--out", "x", "--batch-size", "0"], "--batch-size must be 1 or more"),
-        (["collect", "model", "prompts.txt", "--out", "x", "--max-memory", "lots"], "max_memory must be a number of"),
+        (["collect", "model", "prompts.txt", "--out", "x", "--max-memory", "lots"], "--max-memory must be a number of"),
         (["collect", "model", "prompts.txt", "--out", "x", "--max-memory", "1kB"], "max_memory is 1 kB, but the input"),
         (["collect", "model", "prompts.txt", "--out", "x", "--device", "gpu"], "--device must be such as cpu"),
         (["collect", "model", "prompts.txt", "--out", "x", "--target-modules", "nope"], "matches no Linear"),
@@ -150,3 +150,173 @@ def test_an_empty_file_holds_no_prompt(folder, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("\n \n")
     assert run(folder, "collect", "model", str(tmp_path / "p.txt"), "--out", "x") == 2
     assert "holds no prompt" in capsys.readouterr().err
+
+
+def refused(folder, capsys, *arguments):
+    """The one line that a command ends with."""
+    capsys.readouterr()
+    assert run(folder, *arguments) == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith(f"guardspace {arguments[0]}: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.csv", "id,goal\n" + "\n".join(f'{i},"{p}"' for i, p in enumerate(PROMPTS))),
+        ("a.json", json.dumps([{"goal": p} for p in PROMPTS])),
+        ("a.jsonl", "\n".join(json.dumps({"goal": [{"role": "user", "content": p}]}) for p in PROMPTS)),
+    ],
+)
+def test_a_named_column_of_other_files_gives_the_same_statistics(folder, stats, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    options = ["--answer-tokens", "2", "--column", "goal", "--out", str(tmp_path / "s")]
+    assert run(folder, "collect", "model", str(tmp_path / name), *options) == 0
+    assert_same_bits(gk.CalibrationStatistics.load(tmp_path / "s"), stats)
+
+
+def test_nothing_is_loaded_for_what_cannot_be_written_or_does_not_exist(folder, stats, adapter, capsys, monkeypatch):
+    """Weights and statistics apart: those of the model are loaded once everything else is known to be right."""
+    from guardspace_kernels import commands
+
+    def refuse(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(commands, "_model", refuse)
+    (folder / "file").touch()
+    (folder / "empty").mkdir(exist_ok=True)
+    there, inputs = str(folder / "file" / "x"), ("model", "prompts.txt")
+    for arguments, words in (
+        (("collect", *inputs, "--out", str(folder)), f"--out: {folder} is a folder"),
+        (("collect", *inputs, "--out", there), f"--out: {there} cannot be written: "),
+        (("collect", *inputs, "--out", "/proc/x/stats"), "--out: /proc/x/stats cannot be written: "),
+        (("collect", *inputs, "--out", "n" * 300), "cannot be written: File name too long"),
+        (("collect", *inputs, "--out", str(folder / "prompts.txt")), "is given as prompts too, and would be"),
+        (("collect", *inputs, "--out", "x", "--checkpoint", "x"), "--checkpoint: x is given as --out too"),
+        (("collect", *inputs, "--out", "x", "--checkpoint", there), f"--checkpoint: {there} cannot be written"),
+        (("collect", *inputs, "--out", "x", "--answer-tokens", "-1"), "--answer-tokens must be 0 or more, got -1"),
+        (("collect", *inputs, "--out", "x", "--answer-tokens", "2048"), "--answer-tokens 2048: the model has 2048"),
+        (("collect", *inputs, "--out", "x", "--checkpoint-every", "0"), "--checkpoint-every must be 1 or more, got 0"),
+        (("collect", *inputs, "--out", "x", "--column", "goal"), "column is 'goal', but"),
+        (("collect", "model", str(folder), "--out", "x"), f"prompts: {folder} is a folder; give a file: .txt"),
+        (("collect", "model", "model", "--out", "x"), "is a folder; give a file: .txt"),
+        (("collect", *inputs, "--out", "x", "--device", "meta"), "--device must be such as cpu, cuda or cuda:1"),
+        (("collect", *inputs, "--out", "x", "--device", "cuda:77"), "and exist, got 'cuda:77'; there is cpu"),
+        (("collect", "./nowhere", "prompts.txt", "--out", "x"), "model: './nowhere' does not exist; give the folder"),
+        (("collect", "a/b/c", "prompts.txt", "--out", "x"), "model: 'a/b/c' does not exist"),
+        (("collect", "nowhere", "prompts.txt", "--out", "x"), "model: nowhere is no folder here, and its"),
+        (("collect", str(folder / "empty"), "prompts.txt", "--out", "x"), "empty holds no config.json"),
+        (("collect", str(folder / "file"), "prompts.txt", "--out", "x"), "file is a file; give the folder"),
+        (("plan", "model", "model", "--out", "x"), "is a folder; give a file: statistics of guardspace collect"),
+        (("plan", "model", "nothing", "--out", "x"), "statistics: nothing does not exist; expected a file: statistics"),
+        (("plan", "model", "stats", "--out", str(folder / "stats")), "is given as statistics too"),
+        (("inspect", "nothing"), "statistics: nothing does not exist"),
+        (("inspect", "stats", "--task", str(folder)), f"--task: {folder} is a folder"),
+        (("inspect", "stats", "--rank", "0"), "--rank must be 1 or more, got 0"),
+        (("inspect", "stats", "--json", there), f"--json: {there} cannot be written"),
+        (("inspect", "stats", "--png", "y", "--json", "y"), "--png: y is given as --json too"),
+        (("certify", "model", "adapter", "stats", "--json", str(folder / "stats")), "is given as statistics too"),
+        (("certify", "model", "adapter", "stats", "--max-drift", "nan"), "--max-drift must be a number of 0 or more"),
+        (("certify", "model", "adapter", "stats", "--max-drift", "-1"), "--max-drift must be a number of 0 or more"),
+        (("certify", "model", "adapter", "stats", "--plan", "nothing"), "--plan: nothing does not exist"),
+        (("certify", "model", "adapter", "stats", "--heldout", "nothing"), "--heldout: nothing does not exist"),
+        (("export", "model", "adapter", "plan", "--out", str(folder / "file")), "file is a file; give a folder"),
+        (("export", "model", "adapter", "plan", "--out", str(folder / "adapter")), "is given as adapter too"),
+        (("export", "model", "adapter", "plan", "--out", str(folder / "model")), "is given as model too"),
+    ):  # fmt: skip
+        assert words in refused(folder, capsys, *arguments), arguments
+    assert not (folder / "x").exists()
+
+
+def copied(folder, name, tmp_path):
+    import shutil
+
+    return shutil.copytree(folder / name, tmp_path / name)
+
+
+def test_adapters_in_other_formats_or_truncated_are_refused(folder, stats, adapter, plan, tmp_path, capsys):
+    broken = copied(folder, "adapter", tmp_path)
+    weights, config = broken / "adapter_model.safetensors", broken / "adapter_config.json"
+    whole, settings = weights.read_bytes(), json.loads(config.read_text())
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "cannot be loaded onto" in refused(folder, capsys, "certify", "model", str(broken), "stats")
+    assert "adapter_model.safetensors" in refused(
+        folder, capsys, "certify", "model", str(broken), "stats", "--plan", "plan"
+    )
+    weights.unlink()
+    torch.save({}, broken / "adapter_model.bin")
+    for extra in ([], ["--plan", "plan"]):
+        line = refused(folder, capsys, "certify", "model", str(broken), "stats", *extra)
+        assert "holds no adapter_model.safetensors; other formats, pickles among them, are not read" in line
+    weights.write_bytes(whole)
+    for text, words in (
+        ("{", "is no configuration of PEFT"),
+        ("[]", "is no configuration of PEFT"),
+        ("{}", "is no configuration of PEFT: 'peft_type'"),
+        (json.dumps({**settings, "peft_type": "IA3"}), "is of peft_type 'IA3'; a LoRA is needed"),
+    ):
+        config.write_text(text)
+        assert words in refused(folder, capsys, "certify", "model", str(broken), "stats")
+
+
+def test_models_that_are_not_whole_are_refused(folder, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    broken = copied(folder, "model", tmp_path)
+    weights = broken / "model.safetensors"
+    tensors, whole = {name: t.clone() for name, t in load_file(weights).items()}, weights.read_bytes()
+    arguments = ["collect", str(broken), "prompts.txt", "--out", str(tmp_path / "s"), "--answer-tokens", "0"]
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert f"model: {broken}: its weights cannot be loaded: SafetensorError" in refused(folder, capsys, *arguments)
+    weights.unlink()
+    assert f"model: {broken}: its weights cannot be loaded: OSError" in refused(folder, capsys, *arguments)
+    lost = "model.layers.1.mlp.up_proj.weight"
+    save_file({name: t for name, t in tensors.items() if name != lost}, weights, {"format": "pt"})
+    assert f"no weights, or of another shape, for 1 parameters, such as {lost}" in refused(folder, capsys, *arguments)
+    save_file({**tensors, lost: tensors[lost][:-1].contiguous()}, weights, {"format": "pt"})
+    assert lost in refused(folder, capsys, *arguments)
+    weights.write_bytes(whole)
+    (broken / "tokenizer.json").write_text("{")
+    assert f"model: {broken}: its tokenizer cannot be loaded: " in refused(folder, capsys, *arguments)
+    (broken / "config.json").write_text("{}")
+    assert f"model: {broken}: its configuration cannot be loaded: " in refused(folder, capsys, *arguments)
+
+
+@pytest.mark.parametrize("command", ["collect", "plan", "certify", "export"])
+def test_a_full_disk_is_told_in_one_line(folder, stats, adapter, command, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    out = str(tmp_path / "out")
+    arguments = {
+        "collect": ["collect", "model", "prompts.txt", "--answer-tokens", "0", "--out", out],
+        "plan": ["plan", "model", "stats", "--rank", "3", "--protect", "0.8", "--out", out],
+        "certify": ["certify", "model", "adapter", "stats", "--json", out],
+        "export": ["export", "model", "adapter", "plan", "--out", out],
+    }[command]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        line = refused(folder, capsys, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{out} cannot be written: " in line and "large" in line
+
+
+def test_a_model_without_a_chat_template_wants_raw_prompts(folder, tmp_path, capsys):
+    bare = copied(folder, "model", tmp_path)
+    (bare / "chat_template.jinja").unlink()
+    arguments = ["collect", str(bare), "prompts.txt", "--answer-tokens", "0", "--out", str(tmp_path / "s")]
+    assert "the tokenizer has no chat template" in refused(folder, capsys, *arguments)
+    assert run(folder, *arguments, "--raw") == 0
+
+
+def test_prompts_that_are_too_long_or_answered_are_named(folder, tmp_path, capsys):
+    (tmp_path / "long.txt").write_text("w5\n" + "w6 " * 2046)
+    arguments = ["--out", str(tmp_path / "s"), "--answer-tokens", "1"]
+    line = refused(folder, capsys, "collect", "model", str(tmp_path / "long.txt"), *arguments)
+    assert "prompt 2 has 2048 tokens, above max_tokens = 2047; shorten it" in line
+    talk = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    (tmp_path / "talk.json").write_text(json.dumps([{"messages": talk}]))
+    line = refused(folder, capsys, "collect", "model", str(tmp_path / "talk.json"), *arguments)
+    assert "prompt 1 ends with an assistant's message" in line
+    assert run(folder, "collect", "model", str(tmp_path / "talk.json"), *arguments[:-1], "0") == 0
