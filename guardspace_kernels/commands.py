@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -61,8 +60,11 @@ def collect(options: argparse.Namespace) -> int:
 def inspect(options: argparse.Namespace) -> int:
     integer("--rank", options.rank, 1)
     _check_outputs(options, ("statistics", "heldout", "task"), ("json", "png"))
-    if options.png and find_spec("matplotlib") is None:
-        raise ValueError("--png needs matplotlib: pip install matplotlib")
+    if options.png:
+        try:
+            import matplotlib.figure  # noqa: F401  # before the work, not after it
+        except ModuleNotFoundError as error:
+            raise ValueError(f"--png needs {error.name}: pip install matplotlib") from error
     heldout, task = (
         _statistics(f"--{name}", getattr(options, name)) if getattr(options, name) else None
         for name in ("heldout", "task")
