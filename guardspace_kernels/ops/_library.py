@@ -48,7 +48,7 @@ def forbid_grad(op: str, overload: Any) -> Callable[..., None]:
 
     def kernel(target: Any, *args: Any) -> None:
         tensors = target if isinstance(target, (list, tuple)) else [target]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if any_requires_grad(*tensors):
             raise RuntimeError(
                 f"{op}: the tensor to be written requires grad, and this in-place op has no derivative; "
                 "call it under torch.no_grad(), or on .grad / .data / .detach()"
@@ -57,6 +57,11 @@ def forbid_grad(op: str, overload: Any) -> Callable[..., None]:
             overload(target, *args)
 
     return kernel
+
+
+def any_requires_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd must see this call. The dispatcher lets None pass for a Tensor: the op's checks refuse it."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def shape(t: torch.Tensor) -> tuple[int, ...]:
@@ -85,7 +90,17 @@ def overlaps_itself(t: torch.Tensor) -> str:
     return ""
 
 
+def require_dense(op: str, **tensors: torch.Tensor) -> None:
+    """The first of an op's checks: the dispatcher lets None pass for a tensor. Kernels read memory by strides."""
+    for name, t in tensors.items():
+        if t is None:
+            raise TypeError(f"{op}: {name} must be a tensor, got None")
+        if t.layout != torch.strided:
+            raise TypeError(f"{op}: {name} must be a dense tensor, got the layout {t.layout}; call {name}.to_dense()")
+
+
 def require_float(op: str, **tensors: torch.Tensor) -> None:
+    require_dense(op, **tensors)
     for name, t in tensors.items():
         if t.dtype not in FLOATS:
             raise TypeError(

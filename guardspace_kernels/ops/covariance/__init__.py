@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -12,6 +12,7 @@ from guardspace_kernels.ops._library import (
     LIBRARY,
     define,
     forbid_grad,
+    require_dense,
     require_float,
     require_same_device,
     shape,
@@ -31,6 +32,7 @@ _triton.register("covariance", _triton.accepts_written, "covariance_update_", "s
 
 
 def _check_covariance(op: str, covariance: torch.Tensor) -> None:
+    require_dense(op, covariance=covariance)
     if covariance.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: covariance must be float32 or float64, got {covariance.dtype}")
     if covariance.dim() != 2 or covariance.shape[0] != covariance.shape[1]:
@@ -47,6 +49,7 @@ def _check_update(covariance: torch.Tensor, x: torch.Tensor, mask: torch.Tensor 
             f"got shape {shape(x)}"
         )
     if mask is not None:
+        require_dense(op, mask=mask)
         if mask.dtype.is_floating_point or mask.dtype.is_complex:
             raise TypeError(f"{op}: mask must be boolean or integer (non-zero = counted), got {mask.dtype}")
         if mask.shape != x.shape[:-1]:
@@ -181,7 +184,10 @@ def covariance_update_(
             raise TypeError("covariance_update_: with one covariance, x must be one tensor and mask a tensor or None")
         _update_op(covariance, x, mask, scale)
         return
-    if isinstance(x, torch.Tensor) or isinstance(mask, torch.Tensor):
+    if not isinstance(covariance, Iterable):
+        got = type(covariance).__name__
+        raise TypeError(f"covariance_update_: covariance must be a tensor or a list of them, got {got}")
+    if any(isinstance(t, torch.Tensor) or not isinstance(t, Iterable) for t in (x, [] if mask is None else mask)):
         raise TypeError("covariance_update_: with a list of covariances, x and mask must be lists too")
     _update_list_op(list(covariance), list(x), [None] * len(x) if mask is None else list(mask), scale)
 

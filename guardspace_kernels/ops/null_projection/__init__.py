@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from guardspace_kernels.ops._library import (
     forbid_grad,
     overlaps_itself,
     require_basis,
+    require_dense,
     require_float,
     require_same_device,
     shape,
@@ -95,6 +96,7 @@ def _updates(
 
 def _check_update(op: str, u: Update) -> None:
     _check(u.param, u.basis, op, "param")
+    require_dense(op, grad=u.grad, exp_avg=u.exp_avg, exp_avg_sq=u.exp_avg_sq, step=u.step)
     for name, t in (("grad", u.grad), ("exp_avg", u.exp_avg), ("exp_avg_sq", u.exp_avg_sq)):
         if t.shape != u.param.shape or t.dtype != u.param.dtype or t.device != u.param.device:
             raise ValueError(
@@ -176,8 +178,11 @@ def null_project_(
             raise TypeError("null_project_: with one tensor g, basis must be one tensor and complement one bool")
         _project_op(g, basis, complement)
         return
-    if isinstance(basis, torch.Tensor):
-        raise TypeError(f"null_project_: with a list g, basis must be a list, got one tensor of shape {shape(basis)}")
+    if not isinstance(g, Iterable):
+        raise TypeError(f"null_project_: g must be a tensor or a list of them, got {type(g).__name__}")
+    if isinstance(basis, torch.Tensor) or not isinstance(basis, Iterable):
+        got = f"one tensor of shape {shape(basis)}" if isinstance(basis, torch.Tensor) else type(basis).__name__
+        raise TypeError(f"null_project_: with a list g, basis must be a list, got {got}")
     complements = [complement] * len(g) if isinstance(complement, bool) else list(complement)
     _project_list_op(list(g), list(basis), complements)
 

@@ -22,8 +22,10 @@ from guardspace_kernels.ops import _triton
 from guardspace_kernels.ops._library import (
     AUTOCAST,
     LIBRARY,
+    any_requires_grad,
     define,
     require_basis,
+    require_dense,
     require_float,
     require_same_device,
     shape,
@@ -57,6 +59,8 @@ def _check(
     d_out, d_in = weight.shape
     if x.dim() < 1 or x.shape[-1] != d_in:
         raise ValueError(f"{_OP}: x must be (..., d_in) with d_in = {d_in} (weight is {shape(weight)}), got {shape(x)}")
+    if bias is not None:
+        require_dense(_OP, bias=bias)
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         raise TypeError(
             f"{_OP}: x, weight and bias must share one dtype (x is never cast), got x {x.dtype}, weight "
@@ -82,10 +86,32 @@ def _check(
     if dropout > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.dim() != 0):
         got = "None" if seed is None else f"{seed.dtype} of shape {shape(seed)}"
         raise ValueError(f"{_OP}: dropout > 0 needs seed, a 0-dimensional int64 tensor, got {got}")
+    if seed is not None:
+        require_dense(_OP, seed=seed)
+        if seed.device.type != "cpu" and seed.device != x.device:
+            raise ValueError(f"{_OP}: seed must be on the CPU or on {x.device}, where x is, got one on {seed.device}")
     require_same_device(
         _OP, "x", x, weight=weight, lora_A=lora_A, lora_B=lora_B, basis=basis, bias=bias,
         frozen_A=frozen_A, frozen_B=frozen_B,
     )  # fmt: skip
+
+
+def _check_backward(
+    dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A_P: torch.Tensor, layer: reference.Layer, needs: list[bool]
+) -> None:
+    weight, lora_A, lora_B, basis, _, _, frozen_A, frozen_B, dropout, seed, sizes = layer
+    _check(x, weight, lora_A, lora_B, basis, None, frozen_A, frozen_B, dropout, seed, sizes)
+    require_dense(_OP, dy=dy, h=h, A_P=A_P)
+    tokens, rows = x.shape[:-1], lora_A.shape[0]
+    expected = (("dy", dy, (*tokens, weight.shape[0])), ("h", h, (*tokens, rows)), ("A_P", A_P, tuple(lora_A.shape)))
+    for name, t, size in expected:
+        if t.shape != size or t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(
+                f"{_OP}: {name} must be {x.dtype} of shape {size} on {x.device} (x is {shape(x)}, weight "
+                f"{shape(weight)}, lora_A {shape(lora_A)}), got {t.dtype} of shape {shape(t)} on {t.device}"
+            )
+    if len(needs) != 3:
+        raise ValueError(f"{_OP}: needs must tell of x, lora_A and lora_B, three values, got {len(needs)}")
 
 
 def _check_pair(kind: str, A: torch.Tensor, B: torch.Tensor, d_in: int, d_out: int, parts: int) -> None:
@@ -153,20 +179,22 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     *arguments, needs = rest
     layer = reference.Layer(*arguments)
+    _check_backward(dy, x, h, A_P, layer, needs)
     run = dispatch.resolve(_OP, "backward", x, layer.weight, layer.lora_A, layer.lora_B, layer.basis)
     return run(dy, x, h, A_P, layer, needs)
 
 
 def _backward_fake(
-    dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A_P: torch.Tensor, weight: torch.Tensor,
-    lora_A: torch.Tensor, lora_B: torch.Tensor, *rest: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    needs_x, needs_A, needs_B = rest[-1]
-    return (
-        x.new_empty(x.shape) if needs_x else dy.new_empty(0),
-        lora_A.new_empty(lora_A.shape) if needs_A else dy.new_empty(0),
-        lora_B.new_empty(lora_B.shape) if needs_B else dy.new_empty(0),
+    dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A_P: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    *arguments, needs = rest
+    layer = reference.Layer(*arguments)
+    _check_backward(dy, x, h, A_P, layer, needs)
+    dx, dA, dB = (
+        t.new_empty(t.shape) if needed else dy.new_empty(0)
+        for t, needed in zip((x, layer.lora_A, layer.lora_B), needs, strict=True)
     )
+    return dx, dA, dB
 
 
 _TAIL = "Tensor? frozen_A, Tensor? frozen_B, float dropout, Tensor? seed, int[]? output_sizes"
@@ -216,7 +244,7 @@ class _ProjectedLora(torch.autograd.Function):
 
 def _autograd(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x, _weight, lora_A, lora_B = arguments[:4]
-    if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad):
+    if any_requires_grad(x, lora_A, lora_B):
         return _ProjectedLora.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_op(*arguments)
@@ -280,7 +308,7 @@ def _register_autocast(device_type: str, key: str) -> None:
 
     def kernel(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
         arguments = list(rest)
-        if x.dtype != torch.float64:
+        if x is not None and weight is not None and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device_type)
             x, weight = x.to(dtype), weight.to(dtype)
             bias_index = 5
@@ -346,6 +374,8 @@ def projected_lora(
 
     Source: GuardSpace (arXiv 2510.14301), with the projector folded into A: (x P) Aᵀ = x (A P)ᵀ.
     """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{_OP}: x must be a tensor, got {type(x).__name__}")
     if dropout > 0.0 and seed is None:
         seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
     elif isinstance(seed, int):
