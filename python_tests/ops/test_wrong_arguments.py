@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import automatic
+from backends import automatic, gpu_kernels  # noqa: F401
 from wrong_arguments import ACCEPTED, GOOD, OPS, lora, lora_backward
 
 import guardspace_kernels as gk
@@ -108,6 +108,31 @@ def test_saved_tensors_that_come_back_changed_are_refused():
 def test_a_seed_without_a_value_is_refused(seed):
     with pytest.raises((TypeError, ValueError), match=r"seed must be (on the CPU or on cpu|a dense tensor)"):
         gk.ops.projected_lora(**{**lora(), "seed": seed})
+
+
+def strided(t):
+    """Equal, with strides that nothing else has."""
+    wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), torch.nan, dtype=t.dtype)
+    return wide[..., ::2].copy_(t)
+
+
+def check_strides():
+    call = lora_backward()
+    expected = OPS.projected_lora_backward(*call.values())
+    for name, value in call.items():
+        if isinstance(value, torch.Tensor) and value.dim():
+            actual = OPS.projected_lora_backward(*{**call, name: strided(value)}.values())
+            for a, b in zip(actual, expected, strict=True):
+                assert (a - b).abs().max() <= 1e-5 * b.abs().max(), name
+
+
+def test_backward_reads_tensors_of_any_strides():
+    check_strides()
+
+
+@automatic
+def test_backward_on_a_gpu_reads_tensors_of_any_strides(gpu_kernels):  # noqa: F811
+    check_strides()
 
 
 @automatic

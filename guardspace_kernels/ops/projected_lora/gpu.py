@@ -135,7 +135,7 @@ def backward(
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed, sizes = layer
-    grad, h, r = unit_inner(rows(dy)), rows(h), lora_A.shape[0]
+    grad, h, A_P, r = unit_inner(rows(dy)), unit_inner(rows(h)), unit_inner(A_P), lora_A.shape[0]
     drop = dropout_of(dropout, seed, x.device)
     needs_x, needs_A, needs_B = needs
     dx, dA, dB, dh = (dy.new_empty(0) for _ in range(4))
