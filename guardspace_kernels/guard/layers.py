@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
+from types import FunctionType
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# ``self.name.weight``, but for assignments and questions about it.
+_WEIGHT_READ = re.compile(
+    r"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!\s*=[^=])(?!\.(?:data\.)?(?:dtype|device|shape|size|ndim|dim|is_|_is_|requires_))"
+)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -119,12 +130,15 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-lin
     """Name -> module of the linear layers to guard, in the model's order.
 
     Args:
-        target_modules: "all-linear" (every Linear or Conv1D but the output embedding), a regular expression that must
-            match the whole name, or a list of names or name endings, all as in PEFT.
+        target_modules: "all-linear" (every Linear or Conv1D, but no head: not the output embedding, nothing outside the
+            model's ``base_model``, nothing with one output; nor a layer whose weight its parent reads without calling
+            it), a regular expression that must match the whole name, or a list of names or name endings, all as in
+            PEFT.
 
     Raises:
-        TypeError: the model carries adapters, is a FullyShardedDataParallel or holds another wrapper, a layer's weight
-            is not a floating-point matrix (quantised), or the target includes experts in one parameter (E, ...).
+        TypeError: the model carries adapters, is a FullyShardedDataParallel or holds another wrapper, a layer does not
+            compute ``x Wᵀ + b`` of a floating-point matrix of its own (quantised, parametrised), its parent reads its
+            weight without calling it, or the target includes experts in one parameter (E, ...).
         ValueError: nothing matches, or an entry of the list matches nothing.
     """
     linear = {
@@ -157,9 +171,8 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-lin
                 "adapter"
             )
     if target_modules == "all-linear":
-        get_output = getattr(model, "get_output_embeddings", None)
-        head = get_output() if callable(get_output) else None
-        found = {name: m for name, m in linear.items() if m is not head and name.rsplit(".", 1)[-1] != "lm_head"}
+        heads = _heads(model, linear)
+        found = {name: m for name, m in linear.items() if name not in heads and not is_bypassed(model, name)}
     elif isinstance(target_modules, str):
         found = {name: m for name, m in linear.items() if re.fullmatch(target_modules, name)}
     else:
@@ -178,13 +191,127 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-lin
             f"{sorted({name.rsplit('.', 1)[-1] for name in linear})}"
         )
     for name, module in found.items():
-        weight = linear_weight(module)
-        if weight.dim() != 2 or not weight.is_floating_point():
+        check_linear(model, name, module)
+        if is_bypassed(model, name):
             raise TypeError(
-                f"layer {name}: weight has dtype {weight.dtype} and shape {tuple(weight.shape)}; only floating-point "
-                "matrices can be guarded (load the model without quantisation)"
+                f"layer {name}: {type(model.get_submodule(name.rpartition('.')[0])).__name__} reads its weight without "
+                "calling it, in a fused kernel for instance, so that an adapter would be passed by; leave it out of "
+                "target_modules"
             )
     return found
+
+
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    get_output = getattr(base_model(model), "get_output_embeddings", None)
+    return get_output() if callable(get_output) else None
+
+
+def _heads(model: nn.Module, linear: Mapping[str, nn.Module]) -> set[str]:
+    """The output embedding, what is outside the backbone of a Transformers model, and layers of one output: new ones,
+    made for a task, of which no rank is free."""
+    backbone, head = getattr(model, "base_model", None), output_embedding(model)
+    inside = set(backbone.modules()) if isinstance(backbone, nn.Module) else set()
+    if not inside & set(linear.values()):
+        inside = set(linear.values())
+    return {
+        name
+        for name, module in linear.items()
+        if module is head or module not in inside or name.endswith("lm_head") or _outputs(module) == 1
+    }
+
+
+def _outputs(module: nn.Module) -> int:
+    return int(module.nf if is_conv1d(module) else module.out_features)  # type: ignore[arg-type]
+
+
+def is_bypassed(model: nn.Module, name: str) -> bool:
+    """Whether the code of the module around a layer reads the layer's weight as a value: Mamba's kernels do."""
+    parent, _, leaf = name.rpartition(".")
+    return leaf in _read_weights(type(model.get_submodule(parent)))  # type: ignore[arg-type]
+
+
+@cache
+def _read_weights(kind: type) -> frozenset[str]:
+    """Names of the submodules whose ``weight`` a class reads, other than to set it up or to ask for its dtype."""
+    found: set[str] = set()
+    for one in kind.__mro__:
+        if one is nn.Module:
+            break
+        for name, method in vars(one).items():
+            if not isinstance(method, FunctionType) or re.search("init|reset|tie", name):
+                continue
+            with suppress(OSError, TypeError):  # made without a file of source
+                found.update(_WEIGHT_READ.findall(inspect.getsource(method)))
+    return frozenset(found)
+
+
+def check_linear(model: nn.Module, name: str, module: nn.Module) -> None:
+    """TypeError unless a layer computes ``x Wᵀ + b`` of its own weight, a floating-point matrix.
+
+    A forward of its own, of a subclass or an instance, is called on four random rows.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise TypeError(
+            f"layer {name}: it has no parameter weight of its own ({type(module).__name__}: parametrised, or packed); "
+            "only floating-point matrices can be guarded: remove the parametrisation, or load the model without "
+            "quantisation"
+        )
+    plain = type(weight) is nn.Parameter or hasattr(weight, "full_tensor")
+    if not plain or weight.dim() != 2 or weight.dtype not in _DTYPES:
+        kind = "" if plain else f" is a {type(weight).__name__} and"
+        raise TypeError(
+            f"layer {name}: weight{kind} has dtype {weight.dtype} and shape {_shape(weight)}; only floating-point "
+            "matrices can be guarded (load the model without quantisation)"
+        )
+    if _is_plain(module):
+        return
+    try:
+        W = layer_weight(model, name)
+    except ValueError:  # a model on the meta device computes nothing
+        return
+    x = torch.randn(1, 4, W.shape[1], generator=torch.Generator().manual_seed(0)).to(W)
+    training = [one for one in module.modules() if one.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            y = module.forward(x.clone())
+    except Exception as error:
+        raise TypeError(
+            f"layer {name}: {type(module).__name__} has a forward of its own, which fails on rows {_shape(x)}: {error}"
+        ) from error
+    finally:
+        for one in training:
+            one.training = True
+    bias = module._parameters.get("bias")
+    check_output(name, y, F.linear(x, W, None if bias is None else parameter_values(model, f"{name}.bias", bias)))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the forward is that of Linear or Conv1D. accelerate wraps it, to load what it offloaded."""
+    forward = vars(module).get("_old_forward" if hasattr(module, "_hf_hook") else "forward", module.forward)
+    kind = sys.modules["transformers.pytorch_utils"].Conv1D if is_conv1d(module) else nn.Linear
+    return getattr(forward, "__func__", None) is kind.forward and getattr(forward, "__self__", None) is module
+
+
+def check_output(name: str, y: object, wanted: torch.Tensor) -> None:
+    """TypeError unless y, what layer ``name`` made of some rows, is x Wᵀ + b up to the rounding of the dtype."""
+    wanted = wanted.detach()
+    if not wanted.isfinite().all():
+        return  # then so are the statistics, which are refused
+    error = math.inf  # two ways to round one product differ by a third of eps
+    if isinstance(y, torch.Tensor) and y.shape == wanted.shape:
+        error = float((y.detach().to(wanted) - wanted).float().norm() / wanted.float().norm().clamp_min(1e-30))
+    if not error <= max(torch.finfo(wanted.dtype).eps / 2, 1e-5):
+        raise TypeError(
+            f"layer {name}: its output is not x Wᵀ + b of its weight (they differ by {error:.2g}): a forward of its "
+            "own, as of quantised layers, or a hook changes it, and statistics are of that product; leave the layer "
+            "out of target_modules, or load the model without quantisation and take its hooks off"
+        )
+
+
+def _shape(x: torch.Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
 
 
 def _fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
