@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from guardspace_kernels.arguments import integer, number, readable_file, writable_file, writable_folder
+from guardspace_kernels.guard.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from guardspace_kernels.guard.batches import Batch, positions_of
 from guardspace_kernels.guard.certificate import DriftExceededError
 from guardspace_kernels.guard.certificate import certify as certify_adapter
 from guardspace_kernels.guard.collection import collect_statistics
-from guardspace_kernels.guard.export import ADAPTER_CONFIG, ADAPTER_WEIGHTS, export_lora
+from guardspace_kernels.guard.export import export_lora
 from guardspace_kernels.guard.inspection import inspect_statistics
 from guardspace_kernels.guard.passes import parse_bytes
 from guardspace_kernels.guard.plan import GuardConfig, GuardPlan

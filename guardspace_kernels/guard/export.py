@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from guardspace_kernels.guard.atomic import write_atomic, write_text
+from guardspace_kernels.guard.adapter_folder import ADAPTER_CONFIG, write_adapter
+from guardspace_kernels.guard.atomic import write_text
 from guardspace_kernels.guard.certificate import adapted_layers, check_statistics, relative_drift
-from guardspace_kernels.guard.files import write_tensors
 from guardspace_kernels.guard.layers import adapted_base, named_submodules
 
 if TYPE_CHECKING:
-    from guardspace_kernels.guard.statistics import CalibrationStatistics
+    from peft import LoraConfig
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
+    from guardspace_kernels.guard.statistics import CalibrationStatistics
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,8 @@ def export_lora(
     Args:
         model: a guarded model, or any module with :class:`~guardspace_kernels.nn.ProjectedLoraLinear` layers. It may be
             wrapped (``torch.compile``, DistributedDataParallel) or part of another module.
-        path: folder for ``adapter_model.safetensors`` and ``adapter_config.json``, each written atomically.
+        path: folder for ``adapter_model.safetensors`` and ``adapter_config.json``. Over those of an older adapter both
+            are replaced; a kill leaves the old ones, the new ones, or no configuration, which PEFT refuses.
         dtype: of the factors; default that of the adapter. Rounding breaks "zero": the report measures by how much.
         stats: adds the drift on the calibration tokens, after rounding, to the report.
 
@@ -107,6 +107,18 @@ def export_lora(
         ValueError: there is no guarded layer, an adapter that is not finite or overflows ``dtype``, or statistics of
             other weights.
     """
+    weights, config, report = plain_lora(model, path, dtype, stats)
+    write_adapter(path, weights, config)
+    return report
+
+
+def plain_lora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    stats: CalibrationStatistics | None = None,
+) -> tuple[dict[str, torch.Tensor], str, ExportReport]:
+    """(weights, configuration, report) of :func:`export_lora`, for that path; writes nothing."""
     from peft import LoraConfig
 
     layers = adapted_layers(model)
@@ -141,10 +153,11 @@ def export_lora(
     )
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # a set's order changes from process to process
-    folder = Path(path)
-    write_atomic(folder / ADAPTER_WEIGHTS, lambda file: write_tensors(file, tensors))
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        config.save_pretrained(scratch)
-        os.replace(Path(scratch) / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
-    return ExportReport(os.fspath(path), "/".join(dtypes), rank, leak, drift)
+    return tensors, _config_text(config), ExportReport(os.fspath(path), "/".join(dtypes), rank, leak, drift)
+
+
+def _config_text(config: LoraConfig) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        config.save_pretrained(scratch)
+        return (Path(scratch) / ADAPTER_CONFIG).read_text()

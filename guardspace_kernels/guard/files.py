@@ -251,6 +251,11 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor | StoredTen
         file.write("".join(hashes).encode())
 
 
+def describe(kind: str, header: Mapping[str, Any]) -> str:
+    """What :meth:`OpenFile.described` reads."""
+    return json.dumps({"kind": kind, "version": _VERSIONS.get(kind, 2), **header})
+
+
 def save_tensors(
     path: str | os.PathLike[str],
     kind: str,
@@ -259,7 +264,7 @@ def save_tensors(
 ) -> None:
     """A safetensors file with a JSON header that says what it is, and SHA-256 hashes of the header and each tensor;
     stored tensors pass through memory one by one."""
-    about = json.dumps({"kind": kind, "version": _VERSIONS.get(kind, 2), **header})
+    about = describe(kind, header)
     write_atomic(path, lambda file: write_tensors(file, tensors, about))
 
 

@@ -11,18 +11,15 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from guardspace_kernels.guard.adapter_folder import ADAPTER_WEIGHTS, GUARD_FILE, read_adapter, write_adapter
 from guardspace_kernels.guard.attach import layer_guards
-from guardspace_kernels.guard.export import ADAPTER_WEIGHTS, export_lora, peft_key, target_modules
-from guardspace_kernels.guard.files import load_tensors, save_tensors
+from guardspace_kernels.guard.export import peft_key, plain_lora, target_modules
 from guardspace_kernels.guard.layers import is_conv1d, named_submodules, unwrapped
 from guardspace_kernels.guard.plan import GuardPlan
 from guardspace_kernels.integrations.peft_layer import LEAK_TOLERANCE, GuardedLinear, agree, second_adapter
 from guardspace_kernels.nn import NullSpaceProjector
 from guardspace_kernels.nn.projected_lora_linear import delta_factors
 
-#: The file beside a saved adapter from which training resumes exactly.
-GUARD_FILE = "guardspace.safetensors"
-_KIND = "guarded adapter"
 RESIDUALS = ("virtual", "frozen")
 
 
@@ -45,7 +42,9 @@ class GuardedModelMixin:
         **kwargs: Any,
     ) -> None:
         """Writes the plain rank-2r LoRA of :func:`guardspace_kernels.export_lora`, which any PEFT loads onto the
-        untouched base model, and beside it ``guardspace.safetensors``, from which training resumes exactly."""
+        untouched base model, and beside it ``guardspace.safetensors``, from which training resumes exactly.
+
+        Over an older adapter: after a kill at any point :meth:`load_adapter` finds the old one or the new one."""
         adapter = self.active_adapter  # type: ignore[attr-defined]
         if selected_adapters not in (None, [adapter]):
             raise ValueError(f"selected_adapters must be [{adapter!r}], the only adapter, got {selected_adapters}")
@@ -56,10 +55,8 @@ class GuardedModelMixin:
             warnings.warn("a guarded adapter is always saved as safetensors", stacklevel=2)
         layers = self.guarded_layers()
         tensors = {f"{name}.{key}": t for name, m in layers.items() for key, t in (("A", m.A), ("B", m.B))}
-        # First what may refuse (a merged adapter, a broken invariant), so that a refusal writes nothing.
-        export_lora(self, save_directory)  # type: ignore[arg-type]
-        path = os.path.join(save_directory, GUARD_FILE)
-        save_tensors(path, _KIND, tensors, {"plan": self.guard_plan.fingerprint})
+        weights, config, _ = plain_lora(self, save_directory)  # type: ignore[arg-type]
+        write_adapter(save_directory, weights, config, (tensors, self.guard_plan.fingerprint))
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = False, **kwargs: Any
@@ -68,37 +65,31 @@ class GuardedModelMixin:
 
         Raises:
             FileNotFoundError: not a folder written by a guarded model. ValueError: saved under another plan, altered,
-                or acting outside the null space; nothing is loaded then.
+                or acting outside the null space; nothing is loaded then. It warns where saving was interrupted: what
+                was to be saved is loaded.
         """
         adapter = self.active_adapter  # type: ignore[attr-defined]
         if adapter_name != adapter:
             raise ValueError(f"a guarded model has one adapter, {adapter!r}; load into it, not into {adapter_name!r}")
-        guard_path = os.path.join(model_id, GUARD_FILE)
-        if not os.path.isfile(guard_path):
-            raise FileNotFoundError(
-                f"{os.fspath(model_id)} has no {GUARD_FILE}: not a folder saved by a guarded model. A plain LoRA is "
-                "not confined to the null space and is not loaded into one; use peft.PeftModel.from_pretrained for it"
-            )
-        tensors, header = load_tensors(guard_path, _KIND)
-        if header["plan"] != self.guard_plan.fingerprint:
+        saved = read_adapter(model_id)
+        if saved.plan != self.guard_plan.fingerprint:
             raise ValueError(
                 f"{os.fspath(model_id)} was saved under another plan; attach the plan it was trained with (plan.save)"
             )
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        export_path = os.path.join(model_id, ADAPTER_WEIGHTS)
-        try:
-            exported = load_file(export_path)
-        except SafetensorError as error:
-            raise ValueError(f"{export_path} is not a readable safetensors file: {error}") from error
-        layers = self.guarded_layers()
+        layers, factors = self.guarded_layers(), saved.factors
         for name, layer in layers.items():
-            self._check_saved(name, layer, tensors, exported)
+            self._check_saved(name, layer, factors, saved.exported)
+        if saved.altered:
+            raise ValueError(
+                f"{os.fspath(model_id)}: {saved.altered} is not what was saved with {GUARD_FILE}; it was altered, or "
+                "another export took its place. Restore it, or save again"
+            )
+        if len(factors) > 2 * len(layers):
+            raise ValueError(f"{os.fspath(model_id)}: {GUARD_FILE} holds layers that this model's plan has not")
         with torch.no_grad():
             for name, layer in layers.items():
-                layer.A.copy_(tensors[f"{name}.A"])
-                layer.B.copy_(tensors[f"{name}.B"])
+                layer.A.copy_(factors[f"{name}.A"])
+                layer.B.copy_(factors[f"{name}.B"])
                 if layer.step_mode and layer.projector is not None:
                     layer.projector.project_(layer.A)
         if not is_trainable:
@@ -107,18 +98,23 @@ class GuardedModelMixin:
 
     @staticmethod
     def _check_saved(
-        name: str, layer: GuardedLinear, tensors: dict[str, torch.Tensor], exported: dict[str, torch.Tensor]
+        name: str, layer: GuardedLinear, tensors: dict[str, torch.Tensor], exported: dict[str, torch.Tensor] | None
     ) -> None:
+        """ValueError unless the saved factors fit the layer, and the plain LoRA of them says the same."""
         wanted = {"A": f"{name}.A", "B": f"{name}.B"}
         plain = {"A": peft_key(name, "lora_A"), "B": peft_key(name, "lora_B")}
-        if any(key not in tensors for key in wanted.values()) or any(key not in exported for key in plain.values()):
+        missing = [key for key in wanted.values() if key not in tensors]
+        if missing or (exported is not None and any(key not in exported for key in plain.values())):
             raise ValueError(f"layer {name}: the saved adapter does not cover it")
-        A, B = tensors[wanted["A"]], tensors[wanted["B"]]
-        A_P, scaled_B = exported[plain["A"]], exported[plain["B"]]
-        layer.load_factors(A_P[: layer.A.shape[0]], B, f"layer {name}")
+        A, B, device = tensors[wanted["A"]], tensors[wanted["B"]], layer.A.device
         if A.shape != layer.A.shape or not torch.isfinite(A).all():
             raise ValueError(f"layer {name}: the saved A has shape {tuple(A.shape)} or non-finite values")
-        device = layer.A.device
+        if exported is None:
+            A_P = A.to(device, copy=True)
+            layer.load_factors(A_P if layer.projector is None else layer.projector.project_(A_P), B, f"layer {name}")
+            return
+        A_P, scaled_B = exported[plain["A"]], exported[plain["B"]]
+        layer.load_factors(A_P[: layer.A.shape[0]] if A_P.dim() else A_P, B, f"layer {name}")
         F, G = delta_factors(
             A.to(device), B.to(device), layer.projector, layer.scale, layer.frozen_A, layer.frozen_B
         )  # fmt: skip
