@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
-from torch.utils.hooks import RemovableHandle
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 from guardspace_kernels.ops import null_project_, projected_adamw_
 
@@ -39,19 +40,76 @@ _SUPPORTED: dict[type[torch.optim.Optimizer], tuple[Callable[[dict[str, Any]], b
 }
 
 
-class OptimizerGuard:
-    """Handle of :func:`guard_optimizer`. ``remove()``, or leaving it as a context, returns to forward mode."""
+_active: set[OptimizerGuard] = set()
 
-    def __init__(self, handles: list[RemovableHandle], layers: list[Any]) -> None:
-        self._handles = handles
+
+def _before_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for guard in tuple(_active):
+        guard.before_step(optimizer)
+
+
+class OptimizerGuard:
+    """Handle of :func:`guard_optimizer`. ``remove()``, or leaving it as a context, returns to forward mode.
+
+    So does whatever takes A out of the optimiser's hands: another optimiser that steps it, the end of this one, a
+    parameter that is replaced. Step mode is never left on without a projection after the step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, layers: list[Any]) -> None:
         self._layers = layers
+        # A swap leaves the object and changes the tensor in it, which loses the hook of the gradient.
+        self._held = [(layer.A, layer.A._cdata) for layer in layers]
+        self._optimizer = weakref.ref(optimizer)
+        self._end = weakref.finalize(optimizer, self.remove)
+        self._end.atexit = False
+        bases, complements = _projectors(layers)
+        with torch.no_grad():
+            null_project_([layer.A for layer in layers], bases, complements)
+        self._handles = [layer.A.register_post_accumulate_grad_hook(_project_gradient(layer)) for layer in layers]
+        for layer in layers:
+            layer.step_mode = True
+        if _before_any_step not in _global_optimizer_pre_hooks.values():
+            register_optimizer_step_pre_hook(_before_any_step)
+        _active.add(self)
 
     def remove(self) -> None:
+        _active.discard(self)
+        self._end.detach()
         for handle in self._handles:
             handle.remove()
         for layer in self._layers:
             layer.step_mode = False
-        self._handles, self._layers = [], []
+        self._handles, self._layers, self._held = [], [], []
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Of any optimiser; RuntimeError if ours lost a parameter that it guards, TypeError for a decay set since."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if optimizer is not self._optimizer():
+            if any(id(A) in held for A, _ in self._held):
+                self.remove()
+            return
+        lost = [
+            layer
+            for layer, (A, tensor) in zip(self._layers, self._held, strict=True)
+            if layer.A is not A or A._cdata != tensor or id(A) not in held
+        ]
+        try:
+            if lost:
+                raise RuntimeError(
+                    f"the lora_A of {len(lost)} of {len(self._layers)} guarded layers was replaced since "
+                    f"{type(optimizer).__name__} was guarded, by a framework, a conversion or an edit of its groups. "
+                    "The layers are back in forward mode, which is exact with every optimiser; guard an optimiser "
+                    "after the last such change"
+                )
+            _check_groups(optimizer)
+        except Exception:
+            self.remove()
+            raise
+
+    @torch.no_grad()
+    def after_step(self, *_: Any) -> None:
+        if self._layers:
+            null_project_([layer.A for layer in self._layers], *_projectors(self._layers))
 
     def __enter__(self) -> OptimizerGuard:
         return self
@@ -66,15 +124,18 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     name = type(optimizer).__name__
     if isinstance(optimizer, GuardedAdamW):
         raise TypeError(f"{name} guards its model by itself; leave guard_optimizer and GuardCallback out")
-    entry = _SUPPORTED.get(type(optimizer))
-    if entry is None:
+    if type(optimizer) not in _SUPPORTED:
         supported = ", ".join(cls.__name__ for cls in _SUPPORTED)
         raise TypeError(
             f"step mode is not exact with {name}, whose update may see A otherwise than through its gradient; "
             f"supported: {supported}. Forward mode, the default, is exact with every optimiser: "
             "leave guard_optimizer out"
         )
-    accepts, condition = entry
+    _check_groups(optimizer)
+
+
+def _check_groups(optimizer: torch.optim.Optimizer) -> None:
+    name, (accepts, condition) = type(optimizer).__name__, _SUPPORTED.get(type(optimizer), (_any_decay, ""))
     if not all(accepts(group) for group in optimizer.param_groups):
         raise TypeError(
             f"step mode with {name} needs {condition}: a weight decay inside its gradient is rescaled element by "
@@ -87,7 +148,8 @@ def guard_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optim
 
     Saves the ``4·r·d_in·k`` FLOPs of ``A P`` per layer and forward. The trajectory of ``A P`` is that of forward mode,
     gradient clipping included, because each gradient is projected as soon as it is accumulated. While the guard is on,
-    only this optimiser may change A; saving and certifying check that.
+    only this optimiser may change A; saving and certifying check that. The layers return to forward mode when another
+    optimiser steps A, when this one is deleted, and when a parameter is replaced: then its next step raises.
 
     Args:
         optimizer: AdamW, SGD, or Adam, NAdam, RAdam with decoupled or no decay, Adamax, RMSprop, Adagrad without
@@ -100,20 +162,15 @@ def guard_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optim
     Raises:
         TypeError: another optimiser, or a decay that is not exact in step mode; refused by name.
         ValueError: the model has no guarded layer, or the optimiser does not hold every lora_A.
+        RuntimeError: from ``optimizer.step``, where a lora_A was replaced since.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     _check_optimizer(optimizer)
     layers = _guarded_layers(model)
     _check_held(optimizer, layers)
-    handles = _enter_step_mode(layers)
-    bases, complements = _projectors(layers)
-
-    @torch.no_grad()
-    def project_parameters(*_: Any) -> None:
-        null_project_([layer.A for layer in layers], bases, complements)
-
-    handles.append(optimizer.register_step_post_hook(project_parameters))
-    return OptimizerGuard(handles, layers)
+    guard = OptimizerGuard(optimizer, layers)
+    guard._handles.append(optimizer.register_step_post_hook(guard.after_step))
+    return guard
 
 
 def _guarded_layers(model: nn.Module) -> list[Any]:
@@ -139,22 +196,14 @@ def _projectors(layers: list[Any]) -> tuple[list[torch.Tensor], list[bool]]:
     return [layer.projector.basis for layer in layers], [layer.projector.complement for layer in layers]
 
 
-@torch.no_grad()
-def _enter_step_mode(layers: list[Any]) -> list[RemovableHandle]:
-    """Projects A now, and its gradient as soon as it is accumulated."""
+def _project_gradient(layer: Any) -> Callable[[torch.Tensor], None]:
+    """As soon as it is accumulated, so that clipping sees the projected one."""
 
-    def project_gradient(layer: Any) -> Callable[[torch.Tensor], None]:
-        def hook(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            layer.projector.project_(parameter.grad)
+    def hook(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        layer.projector.project_(parameter.grad)
 
-        return hook
-
-    null_project_([layer.A for layer in layers], *_projectors(layers))
-    handles = [layer.A.register_post_accumulate_grad_hook(project_gradient(layer)) for layer in layers]
-    for layer in layers:
-        layer.step_mode = True
-    return handles
+    return hook
 
 
 _Lists = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
@@ -185,7 +234,10 @@ class GuardedAdamW(torch.optim.Optimizer):
     Raises:
         ValueError: a model without guarded layers or in step mode already, parameters that lack a lora_A, a setting
             out of range; AMSGrad, ``maximize`` or an lr that is a tensor, in a group or in a state to be loaded.
-        RuntimeError: from ``step``, for a sparse gradient.
+        RuntimeError: from ``step``, for a sparse gradient, or where a lora_A is no longer the parameter that it was: a
+            framework (DeepSpeed, FSDP), a conversion or an edit of the groups replaced it. The layers are then back in
+            forward mode.
+        TypeError: from copying or pickling it.
     """
 
     def __init__(
@@ -203,7 +255,13 @@ class GuardedAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         _check_held(self, layers)
         self._projectors = {layer.A: layer.projector for layer in layers}
-        self._guard = OptimizerGuard(_enter_step_mode(layers), layers)
+        self._guard = OptimizerGuard(self, layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a GuardedAdamW is bound to its model and is neither copied nor pickled; build GuardedAdamW(model) and "
+            "load this one's state_dict()"
+        )
 
     def remove_guard(self) -> None:
         """Returns the layers to forward mode, for another optimiser."""
@@ -229,6 +287,7 @@ class GuardedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            _check_group(group)
             trained = [p for p in group["params"] if p.grad is not None]
             guarded = [p for p in trained if p in self._projectors]
             others = [p for p in trained if p not in self._projectors]

@@ -65,6 +65,15 @@ class GuardedLinear(LoraLinear):
         super().update_layer(adapter_name, *args, **kwargs)
 
     @property
+    def step_mode(self) -> bool:
+        """Whether an optimiser keeps this very A in the null space: one that took its place is projected in forward."""
+        return self._kept_A is not None and self._kept_A[0] is self.A
+
+    @step_mode.setter
+    def step_mode(self, on: bool) -> None:
+        self._kept_A = (self.A,) if on else None
+
+    @property
     def A(self) -> nn.Parameter:
         return self.lora_A[self.adapter].weight
 
@@ -154,7 +163,7 @@ class GuardedLinear(LoraLinear):
             return projected_lora(x, linear_weight(base), A0, B0, scale=self.scale, bias=base.bias)
         dropout = self.lora_dropout[self.adapter]
         virtual = not self.weight_is_residual
-        project = self.projector is not None and not self.step_mode
+        project = self.projector is not None and (self._kept_A is None or not self.step_mode)
         return projected_lora(
             x,
             linear_weight(base),

@@ -173,7 +173,8 @@ def test_step_mode_starts_from_a_matrix_that_wandered(tiny):
 
 def test_gradients_are_projected_before_clipping(tiny):
     model = tiny.guarded()
-    gk.guard_optimizer(tiny.adamw(tiny.trainable(model)), model)
+    optimizer = tiny.adamw(tiny.trainable(model))
+    gk.guard_optimizer(optimizer, model)
     layers, raw = model.guarded_layers(), dict.fromkeys(model.guarded_layers(), 0.0)
     for name, layer in layers.items():
         # What is left after the projection may be a small part of what was rounded before it.
@@ -230,7 +231,8 @@ def test_other_models_and_optimizers_are_refused(tiny):
         gk.guard_optimizer(tiny.adamw(parameters[1:]), model)
     with pytest.raises(ValueError, match="lora_A of 14 of 14"):
         gk.guard_optimizer(tiny.adamw(parameters), copy.deepcopy(model))
-    guard = gk.guard_optimizer(tiny.adamw(parameters), model)
+    optimizer = tiny.adamw(parameters)
+    guard = gk.guard_optimizer(optimizer, model)
     with pytest.raises(ValueError, match="step mode already"):
         gk.guard_optimizer(tiny.adamw(parameters), model)
     guard.remove()
@@ -239,7 +241,8 @@ def test_other_models_and_optimizers_are_refused(tiny):
 
 def test_broken_invariant_is_never_written(tiny, tmp_path):
     model = tiny.guarded()
-    guard = gk.guard_optimizer(tiny.adamw(tiny.trainable(model)), model)
+    optimizer = tiny.adamw(tiny.trainable(model))
+    guard = gk.guard_optimizer(optimizer, model)
     layer = model.guarded_layers()["model.layers.0.mlp.up_proj"]
     layer.A.data += 0.1 * torch.ones_like(layer.A)
     for use in (
@@ -263,7 +266,8 @@ def test_adapter_loaded_in_step_mode_keeps_the_invariant(tiny, tmp_path):
     wandered.save_pretrained(tmp_path)
     assert worst_leak(wandered) > 1e-3
     model = tiny.guarded()
-    gk.guard_optimizer(tiny.adamw(tiny.trainable(model)), model)
+    optimizer = tiny.adamw(tiny.trainable(model))
+    gk.guard_optimizer(optimizer, model)
     model.load_adapter(tmp_path)
     assert worst_leak(model) < 1e-5
     assert (tiny.logits(model) - tiny.logits(wandered)).abs().max() < 1e-5

@@ -254,8 +254,9 @@ def test_gradient_checkpointing_gives_equal_gradients(tiny, use_reentrant):
 @pytest.mark.parametrize("kind", ["plain", "llama"])
 def test_compiles_without_graph_break(tiny, kind, mode):
     model = tiny.guarded(kind)
+    optimizer = tiny.adamw(tiny.trainable(model))
     if mode == "step":
-        gk.guard_optimizer(tiny.adamw(tiny.trainable(model)), model)
+        gk.guard_optimizer(optimizer, model)
     expected, eager = tiny.logits(model, kind), gradients(model, tiny, kind)
     torch._dynamo.reset()
     inner = model.get_base_model()
@@ -328,7 +329,8 @@ def test_per_request_adapters_are_refused(tiny):
 def test_copies_are_independent_and_in_forward_mode(tiny, how):
     model = tiny.guarded()
     tiny.train(model)
-    guard = gk.guard_optimizer(tiny.adamw(tiny.trainable(model)), model)
+    optimizer = tiny.adamw(tiny.trainable(model))
+    guard = gk.guard_optimizer(optimizer, model)
     if how == "deepcopy":
         twin = copy.deepcopy(model)
     else:

@@ -141,13 +141,15 @@ def test_blocks_wrapped_before_attaching_are_refused(tiny):
             use()
 
 
-@pytest.mark.parametrize("make", [lambda g, m: gk.GuardedAdamW(m), lambda g, m: gk.guard_optimizer(g, m)])
+@pytest.mark.parametrize("make", [lambda _, model: gk.GuardedAdamW(model), gk.guard_optimizer])
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_optimisers_guard_the_model_inside(tiny, name, make):
     model = tiny.guarded()
     wrapped = WRAPPERS[name](model)
     inside = next(m for m in wrapped.modules() if hasattr(m, "guard_plan"))
-    make(tiny.adamw(tiny.trainable(wrapped)), wrapped)
+    optimizer = tiny.adamw(tiny.trainable(wrapped))
+    guard = make(optimizer, wrapped)
+    assert guard is not None
     assert all(layer.step_mode for layer in inside.guarded_layers().values())
 
 
