@@ -8,8 +8,10 @@ Every op registers one or more implementations here, each under a backend name a
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +32,18 @@ class Implementation:
 
 _registry: dict[tuple[str, str], Implementation] = {}
 _missing: dict[tuple[str, str], str] = {}
-_override: str | None = None
+
+
+@dataclass(eq=False)
+class _Choice:
+    """One :func:`use_backend` that is open."""
+
+    name: str
+
+
+_open: list[_Choice] = []  # in the whole process; the last one holds
+_own: ContextVar[tuple[_Choice, ...]] = ContextVar("guardspace_own_choices", default=())  # of this thread or task
+_changing = threading.Lock()
 
 
 def _always(*_args: Any) -> tuple[bool, str]:
@@ -62,7 +75,7 @@ def _why_missing(op: str, backend: str) -> str:
 
 def requested_backend() -> str | None:
     """The backend that :func:`use_backend` or ``GUARDSPACE_BACKEND`` insists on, or None for automatic choice."""
-    name = _override or os.environ.get("GUARDSPACE_BACKEND") or "auto"
+    name = (_open[-1].name if _open else None) or os.environ.get("GUARDSPACE_BACKEND") or "auto"
     if name == "auto":
         return None
     if name not in BACKENDS:
@@ -74,16 +87,34 @@ def requested_backend() -> str | None:
 def use_backend(name: str) -> Iterator[None]:
     """Within this context every op runs on backend ``name`` (or 'auto'), in the whole process.
 
-    The choice is process-wide, not per thread, because autograd runs backward passes on threads of its own.
+    The choice is process-wide, not per thread, because autograd runs backward passes on threads of its own: every
+    thread sees it, that of a data loader or a pool included. Contexts of one thread or task nest. Different choices of
+    several cannot hold at once, and the second one is refused; equal ones may overlap in any order.
+
+    A backward pass through dropout runs on the backend that its forward pass was told to use: each draws masks of its
+    own. Where the forward pass is repeated or deferred (checkpointing, ``torch.compile``) keep both in one context.
+
+    Raises:
+        ValueError: an unknown name. RuntimeError: another thread or task insists on another backend.
     """
-    global _override
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"name must be 'auto' or one of {BACKENDS}, got {name!r}")
-    previous, _override = _override, name
+    choice, own = _Choice(name), _own.get()
+    with _changing:
+        for other in _open:
+            if other.name != name and other not in own:
+                raise RuntimeError(
+                    f"use_backend({name!r}): another thread or task is within use_backend({other.name!r}), and the "
+                    "choice holds in the whole process; wait until that context ends, or choose the same backend"
+                )
+        _open.append(choice)
+    _own.set((*own, choice))
     try:
         yield
     finally:
-        _override = previous
+        _own.set(own)
+        with _changing:
+            _open.remove(choice)
 
 
 def can_use(op: str, *args: Any, backend: str) -> tuple[bool, str]:
@@ -94,10 +125,13 @@ def can_use(op: str, *args: Any, backend: str) -> tuple[bool, str]:
     return implementation.accepts(*args)
 
 
-def resolve(op: str, entry: str, *args: Any) -> Callable[..., Any]:
-    """The function that runs ``entry`` of ``op`` on ``args``; RuntimeError if the requested backend refuses."""
-    name = requested_backend()
-    if name is not None:
+def resolve(op: str, entry: str, *args: Any, told: str | None = None) -> Callable[..., Any]:
+    """The function that runs ``entry`` of ``op`` on ``args``; RuntimeError if the requested backend refuses.
+
+    ``told`` is the request of an earlier call, 'auto' included; None asks for the one of now.
+    """
+    name = told or requested_backend() or "auto"
+    if name != "auto":
         ok, reason = can_use(op, *args, backend=name)
         if not ok:
             raise RuntimeError(f"backend {name!r} was requested but cannot run {op}: {reason}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -194,6 +197,73 @@ def test_the_context_holds_on_every_thread():
         thread.start()
         thread.join()
     assert seen == ["reference"]
+
+
+class Contexts:
+    """use_backend on a thread of its own, entered and left as the test says."""
+
+    def __init__(self):
+        self.pool, self.stack = ThreadPoolExecutor(1), contextlib.ExitStack()
+
+    def enter(self, name):
+        return self.pool.submit(self.stack.enter_context, gk.use_backend(name)).result()
+
+    def leave(self):
+        self.pool.submit(self.stack.close).result()
+        self.pool.shutdown()
+
+
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_equal_choices_of_threads_overlap_in_any_order(first_out):
+    contexts = [Contexts(), Contexts()]
+    for one in contexts:
+        one.enter("reference")
+    contexts[first_out].leave()
+    assert dispatch.requested_backend() == "reference"
+    contexts[1 - first_out].leave()
+    assert dispatch.requested_backend() is None
+
+
+def test_another_choice_of_another_thread_is_refused_and_changes_nothing():
+    one, other = Contexts(), Contexts()
+    one.enter("reference")
+    with pytest.raises(RuntimeError, match=r"use_backend\('auto'\): another thread or task is within .*'reference'"):
+        other.enter("auto")
+    with pytest.raises(RuntimeError, match="another thread or task"), gk.use_backend("cpu"):
+        pass
+    other.enter("reference")
+    with pytest.raises(RuntimeError, match="another thread or task"):
+        one.enter("cpu")  # nested: the other one would get it too
+    one.leave()
+    assert dispatch.requested_backend() == "reference"
+    other.leave()
+    assert dispatch.requested_backend() is None
+    with gk.use_backend("cpu"):
+        assert dispatch.requested_backend() == "cpu"
+    assert dispatch.requested_backend() is None
+
+
+def test_tasks_of_one_thread_are_told_apart_and_nest_in_what_they_were_started_in():
+    async def task(name, entered, leave, seen):
+        with gk.use_backend(name):
+            entered.set()
+            await leave.wait()
+            seen.append(dispatch.requested_backend())
+
+    async def main():
+        entered, leave, seen = asyncio.Event(), asyncio.Event(), []
+        with gk.use_backend("cpu"):
+            first = asyncio.create_task(task("reference", entered, leave, seen))
+            await entered.wait()
+            with pytest.raises(RuntimeError, match="another thread or task"):
+                await task("auto", asyncio.Event(), leave, seen)
+            leave.set()
+            await first
+            assert dispatch.requested_backend() == "cpu"
+        return seen
+
+    assert asyncio.run(main()) == ["reference"]
+    assert dispatch.requested_backend() is None
 
 
 def test_no_backend_at_all_says_what_to_import(registry):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +15,7 @@ from guardspace_kernels.guard.collecting.scout import distinct_inputs
 from guardspace_kernels.guard.layers import find_layers, linear_weight
 from guardspace_kernels.guard.null_space import null_space
 from guardspace_kernels.guard.passes import CollectionPlan, parse_bytes, plan_passes, show_bytes
-from guardspace_kernels.guard.planning import solve_bytes
+from guardspace_kernels.guard.planning import one_thread, solve_bytes
 from guardspace_kernels.guard.safety_subspace import DampedCovariance, trailing_subspace
 from guardspace_kernels.ops import covariance_update_
 
@@ -121,15 +122,14 @@ def estimate_preparation(
 
     threads = torch.get_num_threads()
     workers = 1 if device.type == "cuda" else threads
-    torch.set_num_threads(1 if workers > 1 else threads)
-    try:
-        null = {d: _solve_seconds(d, partial(_null_space, d, tokens, device), device) for d in update}
+    with ThreadPoolExecutor(1, initializer=one_thread if workers > 1 else None) as alone:
+        null = {
+            d: alone.submit(_solve_seconds, d, partial(_null_space, d, tokens, device), device).result() for d in update
+        }
         trailing = {
-            shape: _solve_seconds(max(shape), partial(_trailing, shape, rank, device), device)
+            shape: alone.submit(_solve_seconds, max(shape), partial(_trailing, shape, rank, device), device).result()
             for shape in set(shapes.values())
         }
-    finally:
-        torch.set_num_threads(threads)
     solves = sum(null[one.features] for one in inputs) + sum(trailing[shape] for shape in shapes.values())
     largest = sorted(
         (solve_bytes(one.features, max(shapes[n][0] for n in one.layers) * one.features) for one in inputs),

@@ -199,6 +199,23 @@ def solve_bytes(features: int, weight: int) -> int:
     return 40 * features**2 + 14 * weight
 
 
+_changing_threads = threading.Lock()
+
+
+def one_thread() -> None:
+    """Initializer of a pool whose threads compute with one thread each.
+
+    ``torch.set_num_threads`` sets what the calling thread uses and what later threads start with; a thread that ends at
+    once puts the latter back, so that neither other threads nor another pool ever start with one.
+    """
+    with _changing_threads:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restore = threading.Thread(target=torch.set_num_threads, args=(threads,))
+        restore.start()
+        restore.join()
+
+
 def _in_parallel(
     solve: Callable[[_Item], _Result],
     items: Sequence[_Item],
@@ -209,7 +226,6 @@ def _in_parallel(
     """Results in the order of ``items``, begun with the largest; on a CPU one single-threaded solve per core, since
     LAPACK gains little from threads at these sizes, and of those only as many as a budget allows. One at a time on a
     GPU, which a solve fills, and where torch loads its solvers once, in whichever thread asks, and not twice."""
-    threads = torch.get_num_threads()
     changed, taken = threading.Condition(), 0
 
     def within_budget(item: _Item) -> _Result:
@@ -227,7 +243,7 @@ def _in_parallel(
                 taken -= mine
                 changed.notify_all()
 
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
         largest_first = sorted(range(len(items)), key=lambda i: -size(items[i]))
         futures = {i: pool.submit(within_budget, items[i]) for i in largest_first}
         try:
@@ -235,8 +251,6 @@ def _in_parallel(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-        finally:
-            torch.set_num_threads(threads)  # the workers' 1 would be what every later thread starts with
 
 
 def _plan_layer(

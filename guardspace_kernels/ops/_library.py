@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -139,24 +140,48 @@ _PRECISIONS: tuple[Any, ...] = tuple(
 )
 
 
+_inside = 0  # how many contexts of full_float32_products are open, on all threads
+_reduced: dict[Any, str] = {}  # what they found set lower
+_changing = threading.Lock()
+
+
+def _allow_no_reduced_products() -> None:
+    """Called with every entry: someone may have allowed them again since the first."""
+    for backend in _PRECISIONS:
+        if backend.fp32_precision not in ("ieee", "none"):
+            _reduced[backend] = backend.fp32_precision
+            backend.fp32_precision = "ieee"
+    if not _PRECISIONS and torch.get_float32_matmul_precision() != "highest":
+        _reduced[None] = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+
+
+def _restore_reduced_products() -> None:
+    for backend, precision in _reduced.items():
+        if backend is None:
+            torch.set_float32_matmul_precision(precision)
+        else:
+            backend.fp32_precision = precision
+    _reduced.clear()
+
+
 @contextmanager
 def full_float32_products() -> Iterator[None]:
     """Matrix products of float32 inputs with float32 multiplications, under autocast too.
 
     Trainers often allow TF32 or bf16 products (``torch.set_float32_matmul_precision``); their rounding, 2e-4 of the
-    largest entry, would hide the null space of a covariance, whose threshold lies below 1e-6.
+    largest entry, would hide the null space of a covariance, whose threshold lies below 1e-6. The setting is the
+    process's: while any thread is inside, all multiply in float32, and the last one out restores what was set.
     """
-    reduced = [(b, b.fp32_precision) for b in _PRECISIONS if b.fp32_precision not in ("ieee", "none")]
-    process_wide = "highest" if _PRECISIONS else torch.get_float32_matmul_precision()
+    global _inside
+    with _changing:
+        _allow_no_reduced_products()
+        _inside += 1
     try:
-        for backend, _ in reduced:
-            backend.fp32_precision = "ieee"
-        if process_wide != "highest":
-            torch.set_float32_matmul_precision("highest")
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
             yield
     finally:
-        for backend, precision in reduced:
-            backend.fp32_precision = precision
-        if process_wide != "highest":
-            torch.set_float32_matmul_precision(process_wide)
+        with _changing:
+            _inside -= 1
+            if _inside == 0:
+                _restore_reduced_products()

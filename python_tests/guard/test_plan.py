@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -428,6 +429,34 @@ def test_solves_keep_to_a_memory_budget(monkeypatch):
     assert size <= two_wide
     with pytest.raises(ValueError, match='max_memory must be a number of bytes such as "4GB"'):
         gk.plan_guard(tiny_llama(), collect(tiny_llama()), max_memory="much")
+
+
+def test_plans_made_at_the_same_time_leave_the_number_of_threads_alone():
+    """While solves run on one thread each, a thread that starts elsewhere gets all; and so it is afterwards."""
+    entered, leave = threading.Barrier(3), threading.Barrier(3)
+
+    def solve(_item):
+        entered.wait()
+        leave.wait()
+        return torch.get_num_threads()
+
+    def fresh():
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            plans = [pool.submit(plan_module._in_parallel, solve, [0], lambda _: 1, None, 1) for _ in range(2)]
+            entered.wait()
+            assert fresh() == 3
+            leave.wait()
+            assert [plan.result() for plan in plans] == [[1], [1]]
+            assert list(pool.map(lambda _: torch.get_num_threads(), range(2))) == [3, 3]
+        assert fresh() == torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_solver_is_told_how_many_tokens_there_were(monkeypatch):

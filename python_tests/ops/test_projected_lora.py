@@ -7,12 +7,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import automatic
+from backends import automatic, require_extension
 from oracle import DTYPES, assert_as_exact_as_plain, dense_projector, error, orthonormal
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
+import guardspace_kernels as gk
 from guardspace_kernels.ops import projected_lora
 
 OPS = torch.ops.guardspace
@@ -302,6 +303,20 @@ def test_neither_a_given_seed_nor_no_dropout_touches_the_global_generator():
     assert torch.equal(torch.get_rng_state(), state_after)
 
 
+@automatic
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("name, other", [("reference", "auto"), ("auto", "reference"), ("cpu", "reference")])
+def test_a_backward_pass_takes_the_masks_of_its_forward_pass_whatever_is_asked_for_meanwhile(name, other):
+    require_extension()
+    x, call, gradients = LAYOUTS["3-D"](), arguments(), []
+    for outside in (name, other):
+        with gk.use_backend(name):
+            y, *leaves = run(x, call, dropout=0.5, seed=1)
+        with gk.use_backend(outside):
+            gradients.append(torch.autograd.grad(y.sum(), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_checkpointing_redraws_the_same_dropout():
     x, call = LAYOUTS["3-D"](), arguments(frozen=True)
 
@@ -352,7 +367,7 @@ def test_no_output_shares_memory_with_an_input_or_another_output(case, rank_is_w
     tail = [call[name] for name in ("frozen_A", "frozen_B")]
     head = [call[name] for name in ("weight", "lora_A", "lora_B", "basis", "complement", "scale")]
     y, h, A_P = OPS.projected_lora_forward(x, *head, call["bias"], *tail, 0.0, None, None)
-    grads = OPS.projected_lora_backward(torch.ones_like(y), x, h, A_P, *head, *tail, 0.0, None, None, [True] * 3)
+    grads = OPS.projected_lora_backward(torch.ones_like(y), x, h, A_P, *head, *tail, 0.0, None, None, [True] * 3, None)
     pointers = [t.untyped_storage().data_ptr() for t in (y, h, A_P, *grads, *inputs)]
     assert len(set(pointers)) == len(pointers)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
@@ -467,7 +482,7 @@ def test_the_backward_op_passes_opcheck(needs):
     y, h, A_P = OPS.projected_lora_forward(x, *head, bias, frozen_A, frozen_B, dropout, seed, None)
     opcheck(
         OPS.projected_lora_backward.default,
-        (torch.randn_like(y), x, h, A_P, *head, frozen_A, frozen_B, dropout, seed, None, list(needs)),
+        (torch.randn_like(y), x, h, A_P, *head, frozen_A, frozen_B, dropout, seed, None, list(needs), None),
     )
 
 
