@@ -13,6 +13,7 @@ from torch import nn
 from guardspace_kernels.guard.layers import base_model
 
 Batch = Mapping[str, torch.Tensor]
+TOKEN_KINDS = "token_kinds"  # an entry of a batch that the model is not given
 
 
 def checked_mask(batch: Batch, index: int) -> torch.Tensor:
@@ -97,7 +98,7 @@ def first_tokens(mask: torch.Tensor) -> torch.Tensor:
 
 
 def check_answerable(model: nn.Module, batch: Batch) -> None:
-    extra = sorted(set(batch) - {"input_ids", "attention_mask", "labels"})
+    extra = sorted(set(batch) - {"input_ids", "attention_mask", "labels", TOKEN_KINDS})
     if extra or "input_ids" not in batch:
         raise ValueError(f"answer_tokens needs batches of input_ids and attention_mask alone, got also {extra}")
     if not callable(getattr(model, "generate", None)):
@@ -132,7 +133,7 @@ def forward_batch(model: nn.Module, batch: Batch, logits: int = 1) -> Any:
     """``model(**batch)`` with positions that follow the mask (left padding moves absolute ones), without a cache and,
     where the model knows how and no labels ask for more, with the logits of the last ``logits`` positions only."""
     accepted = inspect.signature(base_model(model).forward).parameters
-    arguments: dict[str, Any] = dict(batch)
+    arguments: dict[str, Any] = {key: value for key, value in batch.items() if key != TOKEN_KINDS}
     mask = batch.get("attention_mask")
     if "position_ids" in accepted and "position_ids" not in batch and mask is not None and mask.dim() == 2:
         arguments["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp_min(0)

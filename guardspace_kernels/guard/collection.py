@@ -34,6 +34,7 @@ from guardspace_kernels.guard.layers import find_layers, linear_weight, unwrappe
 from guardspace_kernels.guard.lockstep import Lockstep
 from guardspace_kernels.guard.passes import CollectionPlan, Replay, parse_bytes, plan_passes, release_memory
 from guardspace_kernels.guard.routing import Routing, grouped_as_siblings
+from guardspace_kernels.guard.sampling import Sample, Template, marks
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 
 _NO_PROMPT = "batches is empty: at least one prompt is needed"
@@ -124,8 +125,10 @@ def collect_statistics(
             each with prompts of its own in as many batches; parameters are gathered one by one for the fingerprint.
             Layers that accelerate offloaded, to memory or disk, are loaded by its hooks.
         batches: mappings passed as ``model(**batch)``: ``input_ids`` and, where there is padding,
-            ``attention_mask`` (prompts, tokens); any batch sizes. Use harmful requests that the model refuses,
-            through its chat template.
+            ``attention_mask`` (prompts, tokens); any batch sizes. An entry ``token_kinds`` (prompts, tokens), which the
+            model is not given, may say what each token is of: 0 the template, 1 the request, 2 an answer. Without it
+            the template is what all prompts of a batch, and the very first one, begin and end with. Use harmful
+            requests that the model refuses, through its chat template.
         target_modules: "all-linear" (every Linear and Conv1D but the output embedding), a regular expression, or a
             list of name endings.
         answer_tokens: generate this many tokens of the model's own greedy answer and include them: refusing is
@@ -137,11 +140,12 @@ def collect_statistics(
             themselves, so choose a larger number for a large model); each process needs its own. If it exists, those
             batches are not run again: the same call with the same batches goes on, and ends with the same bits as an
             uninterrupted one.
-        max_memory: bytes, or a text such as "4GB", that the covariances may take while they are accumulated. What does
-            not fit waits for further passes, which start from the outputs of the block where the last one ended if the
-            model is a plain chain of blocks, else from the beginning; all batches are then held in memory. Finished
-            triangles go into files: beside the checkpoint, as ``checkpoint.0``, ``.1``..., or deleted ones in the
-            folder for temporary files (``TMPDIR``). The plan is shown before; the bits are those of a single pass.
+        max_memory: bytes, or a text such as "4GB", that the covariances may take while they are accumulated; samples,
+            of up to 96 rows of each input, come on top. What does not fit waits for further passes, which start from
+            the outputs of the block where the last one ended if the model is a plain chain of blocks, else from the
+            beginning; all batches are then held in memory. Finished triangles go into files: beside the checkpoint, as
+            ``checkpoint.0``, ``.1``..., or deleted ones in the folder for temporary files (``TMPDIR``). The plan is
+            shown before; the bits are those of a single pass.
 
     Returns:
         :class:`CalibrationStatistics`.
@@ -168,13 +172,14 @@ def collect_statistics(
     fingerprint = ModelFingerprint.of(model, list(layers))
     options = {"answer_tokens": answer_tokens, "separate_sink": separate_sink, "dtype": str(dtype)}
     routing = Routing(model)
-    passes, replay, once = [list(layers)], None, False
+    passes, replay, once, probes = [list(layers)], None, False, None
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if max_memory is not None:
             assert isinstance(batches, list)
             plan, replay, once = _planned(model, layers, batches, answer_tokens, dtype, max_memory, routing)
             passes = [[name for one in part for name in one.layers] for part in plan.passes]
+            probes = {name for part in plan.passes for one in part if one.held for name in one.layers}
             starts = [min(one.after for one in part) for part in plan.passes]
             if progress:
                 tqdm.write(f"statistics: {plan}", file=sys.stderr)
@@ -186,7 +191,7 @@ def collect_statistics(
         answered: dict[int, Batch] = {}
         prompts = 0
         for number, names in enumerate(passes):
-            collector = Collector(layers, names, dtype, separate_sink, routing)
+            collector = Collector(layers, names, dtype, separate_sink, routing, probes)
             path, every = checkpoint, checkpoint_every
             if several and checkpoint is None:
                 path, every = os.path.join(folder, str(number)), sys.maxsize
@@ -198,11 +203,13 @@ def collect_statistics(
             lockstep.agree("batches in their checkpoints", state.resumed, "delete the checkpoints and begin again")
             if replay:
                 replay.begin(starts[number], starts[min(number + 1, len(passes) - 1)])
-            index = -1
+            index, template = -1, Template()
             label = f"statistics {number + 1}/{len(passes)}" if several else "statistics"
             for index, raw in enumerate(tqdm(batches, desc=label, unit="batch", disable=not progress)):
                 with lockstep.step():
                     _check(model, raw, index, answer_tokens)
+                    mask = checked_mask(raw, index)
+                    kinds = template.kinds(raw, index, mask)
                     if state.has(index, raw):
                         continue
                 batch = answered.get(index) or to_device(model, raw)
@@ -210,8 +217,9 @@ def collect_statistics(
                     batch = with_answers(model, batch, answer_tokens)
                     if several:
                         answered[index] = batch
+                whole = checked_mask(batch, index)
                 with ExitStack() as running:
-                    running.enter_context(collector.counting(checked_mask(batch, index)))
+                    running.enter_context(collector.counting(whole, marks(raw, mask, kinds, whole)))
                     if replay:
                         running.enter_context(replay.run(index, partial(collector.arrived, _OUTPUT)))
                     if once:
@@ -224,7 +232,7 @@ def collect_statistics(
                     state.add(raw, collector.mask.shape[0], save=(index + 1) % every == 0)
             with lockstep.step():
                 state.end(index + 1)
-                prompts = state.prompts
+                prompts, sampler = state.prompts, collector.sampler
                 if prompts == 0:
                     raise ValueError(_NO_PROMPT)
                 idle = [name for name in names if name not in collector.input_of]
@@ -245,10 +253,11 @@ def collect_statistics(
     for one in inputs:
         one.routed = routing.routed(one.layers[0])
     inputs.sort(key=lambda one: order[one.layers[0]] if one.routed else -1)
-    return CalibrationStatistics(inputs, fingerprint, prompts)
+    return CalibrationStatistics(inputs, fingerprint, prompts, sampler.held_prompts, tuple(sampler.kind_tokens))
 
 
 def _of_no_token(layers: list[str], features: int, dtype: torch.dtype) -> InputStatistics:
     shape = (features * (features + 1) // 2,)
     zeros = StoredTensor(dtype, shape, lambda: torch.zeros(shape, dtype=dtype))
-    return InputStatistics(layers, zeros, 0, torch.empty(0, features, dtype=dtype), 0)
+    nothing = torch.empty(0, features, dtype=dtype)
+    return InputStatistics(layers, zeros, 0, nothing, 0, sample=Sample(torch.empty(0, dtype=torch.int64), nothing))

@@ -22,7 +22,7 @@ from guardspace_kernels.guard.atomic import write_atomic
 _METADATA_KEY = "guardspace"
 _HASHES_KEY = "sha256"
 _VERSIONS = {"calibration statistics": 3}  # of the other kinds: 2; the version before had no hashes
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 # The hash of the header is the first thing in it, at a fixed place. It is that of the header with zeros there.

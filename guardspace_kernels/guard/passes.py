@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,15 +47,17 @@ def release_memory() -> None:
 
 @dataclass(frozen=True)
 class LayerInput:
-    """A tensor that one or more layers read; ``after`` is how many blocks had ended when the first one read it."""
+    """A tensor that one or more layers read; ``after`` is how many blocks had ended when the first one read it, and
+    ``held`` whether it has a second covariance, of prompts that can be held out."""
 
     layers: tuple[str, ...]
     features: int
     after: int
+    held: bool = False
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """Of its covariance, while it is accumulated."""
-        return self.features**2 * dtype.itemsize
+        """Of its covariances, while they are accumulated."""
+        return (1 + self.held) * self.features**2 * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -99,32 +101,51 @@ def plan_passes(
     Raises:
         ValueError: the widest input alone does not fit; the message names it and says what would do.
     """
-    sizes = [one.bytes(dtype) for one in inputs]
-    triangles = [one.features * (one.features + 1) // 2 * dtype.itemsize for one in inputs]
-    whole, stored = sum(sizes), sum(triangles)
+    triangle = max(one.features * (one.features + 1) // 2 for one in inputs) * dtype.itemsize
+    whole, stored = _bytes(inputs, dtype)
     # At the end every covariance in turn becomes a triangle.
-    at_once = whole + max(triangles)
+    at_once = whole + triangle
     if budget is None or at_once <= budget:
         return CollectionPlan([list(inputs)], False, whole, stored, at_once)
     replay = output_bytes is not None and output_bytes <= budget // 4
     kept = output_bytes if replay and output_bytes is not None else 0
-    available = budget - kept - max(triangles)
-    if max(sizes) > available:
-        widest = inputs[sizes.index(max(sizes))]
+    available = budget - kept - triangle
+    plain = [replace(one, held=False) for one in inputs]
+    widest = max(plain, key=lambda one: one.features)
+    if widest.bytes(dtype) > available:
         raise ValueError(
             f"max_memory is {show_bytes(budget)}, but the input of layer {widest.layers[0]} with {widest.features} "
-            f"features needs {show_bytes(max(sizes) + max(triangles) + kept)} alone; give that much or leave it out"
+            f"features needs {show_bytes(widest.bytes(dtype) + triangle + kept)} alone; give that much or leave it out"
         )
+    passes = _packed(plain, dtype, available)
+    with_held = _packed(inputs, dtype, available)
+    # What can be told of held-out prompts is worth no further pass, and no refusal.
+    if len(with_held) == len(passes) and all(one.bytes(dtype) <= available for one in inputs):
+        passes = with_held
+    whole, stored = _bytes([one for part in passes for one in part], dtype)
+    most = max(sum(one.bytes(dtype) for one in part) for part in passes)
+    return CollectionPlan(passes, replay, whole, stored, most + triangle + kept)
+
+
+def _bytes(inputs: Sequence[LayerInput], dtype: torch.dtype) -> tuple[int, int]:
+    """(of their covariances, of those as triangles)."""
+    sizes = [one.bytes(dtype) for one in inputs]
+    triangles = [size * (one.features + 1) // (2 * one.features) for one, size in zip(inputs, sizes, strict=True)]
+    return sum(sizes), sum(triangles)
+
+
+def _packed(inputs: Sequence[LayerInput], dtype: torch.dtype, available: int) -> list[list[LayerInput]]:
+    """In their order, in as few passes as can be."""
     passes: list[list[LayerInput]] = []
-    filled = most = 0
-    for one, size in zip(inputs, sizes, strict=True):
+    filled = 0
+    for one in inputs:
+        size = one.bytes(dtype)
         if not passes or filled + size > available:
             passes.append([])
             filled = 0
         passes[-1].append(one)
         filled += size
-        most = max(most, filled)
-    return CollectionPlan(passes, replay, whole, stored, most + max(triangles) + kept)
+    return passes
 
 
 def blocks_of(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:

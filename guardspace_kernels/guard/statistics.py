@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tensors
 from guardspace_kernels.guard.fingerprint import ModelFingerprint
+from guardspace_kernels.guard.sampling import Sample
 from guardspace_kernels.ops import symmetrize_
 
 _KIND = "calibration statistics"
@@ -30,6 +32,10 @@ class InputStatistics:
         sinks: (n, d), the distinct inputs seen at the first real token of a prompt (the attention sink).
         sink_tokens: how many first tokens were seen.
         routed: whether its layers belong to an expert, which reads the tokens that a router gives it, or none.
+        sample: some of the rows, up to 32 of each kind of token (template, request, answer), unweighted; no rows for
+            an expert, None in statistics of versions that kept none.
+        held, held_tokens: the part of C (its triangle) and of T that is of every fourth prompt, chosen by a hash of its
+            tokens, at a few inputs spread over the depth; None at the others.
     """
 
     def __init__(
@@ -40,10 +46,13 @@ class InputStatistics:
         sinks: torch.Tensor,
         sink_tokens: int,
         routed: bool = False,
+        sample: Sample | None = None,
+        held: torch.Tensor | StoredTensor | None = None,
+        held_tokens: int = 0,
     ) -> None:
         """``covariance`` is (d, d), or its lower triangle as :func:`packed` gives it."""
         self.layers, self.tokens, self.sink_tokens = layers, tokens, sink_tokens
-        self.routed = routed
+        self.routed, self.sample, self.held, self.held_tokens = routed, sample, held, held_tokens
         self.sinks = sinks.cpu()
         self.features = sinks.shape[1]
         self.stored = covariance
@@ -52,7 +61,11 @@ class InputStatistics:
 
     def triangle(self) -> torch.Tensor:
         """The lower triangle of C, (d (d + 1) / 2,)."""
-        return self.stored.read() if isinstance(self.stored, StoredTensor) else self.stored
+        return _read(self.stored)
+
+    def held_on(self, device: torch.device | str) -> torch.Tensor | None:
+        """The covariance of the prompts that can be held out, (d, d), made on that device; None where there is none."""
+        return None if self.held is None else unpacked(_read(self.held).to(device))
 
     def covariance_on(self, device: torch.device | str) -> torch.Tensor:
         """C, made on that device."""
@@ -67,8 +80,47 @@ class InputStatistics:
         self.stored = packed(C).cpu()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = self.layers, self.triangle(), self.tokens, self.sinks, self.sink_tokens, self.routed
-        return InputStatistics, state
+        held = None if self.held is None else _read(self.held)
+        state = self.layers, self.triangle(), self.tokens, self.sinks, self.sink_tokens, self.routed, self.sample, held
+        return InputStatistics, (*state, self.held_tokens)
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor | StoredTensor]:
+        """For a file: all but the numbers and names."""
+        found: dict[str, torch.Tensor | StoredTensor] = {"covariance": self.stored, "sinks": self.sinks}
+        if self.sample is not None:
+            found |= {"keys": self.sample.keys, "rows": self.sample.rows}
+        if self.held is not None:
+            found["held"] = self.held
+        return {f"{prefix}.{name}": t for name, t in found.items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, StoredTensor], prefix: str, **numbers: Any) -> InputStatistics:
+        """From :meth:`tensors` in a file, where covariances stay until they are asked for, and its other arguments."""
+        sinks = tensors[f"{prefix}.sinks"].read()
+        numbers["sample"] = None
+        if f"{prefix}.keys" in tensors:
+            numbers["sample"] = Sample(tensors[f"{prefix}.keys"].read(), tensors[f"{prefix}.rows"].read())
+        held = tensors.get(f"{prefix}.held")
+        return cls(covariance=tensors[f"{prefix}.covariance"], sinks=sinks, held=held, **numbers)
+
+    def merge(self, other: InputStatistics) -> InputStatistics:
+        """Of both sets of prompts together; what only one of them has a part of is left out."""
+        sample, held = None, None
+        if self.sample is not None and other.sample is not None:
+            sample = self.sample.merge(other.sample)
+        if self.held is not None and other.held is not None:
+            held = _read(self.held) + _read(other.held)
+        return InputStatistics(
+            list(self.layers),
+            self.triangle() + other.triangle(),
+            self.tokens + other.tokens,
+            _union([self.sinks, other.sinks]),
+            self.sink_tokens + other.sink_tokens,
+            self.routed or other.routed,
+            sample,
+            held,
+            0 if held is None else self.held_tokens + other.held_tokens,
+        )
 
 
 @dataclass
@@ -76,11 +128,17 @@ class CalibrationStatistics:
     """One :class:`InputStatistics` per distinct layer input, from :func:`guardspace_kernels.collect_statistics`.
 
     Bound to the weights of the model it was collected on. ``save``/``load`` use one safetensors file.
+
+    Attributes:
+        prompts: how many were counted. held_prompts: how many of them can be held out.
+        kind_tokens: how many counted tokens are of each kind: template, request, answer.
     """
 
     inputs: list[InputStatistics]
     fingerprint: ModelFingerprint
     prompts: int
+    held_prompts: int = 0
+    kind_tokens: tuple[int, ...] = (0, 0, 0)
 
     def __post_init__(self) -> None:
         self._by_layer = {name: entry for entry in self.inputs for name in entry.layers}
@@ -104,19 +162,10 @@ class CalibrationStatistics:
         self.fingerprint.check(other.fingerprint, "the statistics to merge")
         if [e.layers for e in self.inputs] != [e.layers for e in other.inputs]:
             raise ValueError("the statistics to merge cover other layers, or group them otherwise")
-        merged = []
-        for a, b in zip(self.inputs, other.inputs, strict=True):
-            merged.append(
-                InputStatistics(
-                    list(a.layers),
-                    a.triangle() + b.triangle(),
-                    a.tokens + b.tokens,
-                    _union([a.sinks, b.sinks]),
-                    a.sink_tokens + b.sink_tokens,
-                    a.routed or b.routed,
-                )
-            )
-        return CalibrationStatistics(merged, self.fingerprint, self.prompts + other.prompts)
+        merged = [a.merge(b) for a, b in zip(self.inputs, other.inputs, strict=True)]
+        kinds = tuple(a + b for a, b in zip(self.kind_tokens, other.kind_tokens, strict=True))
+        prompts, held = self.prompts + other.prompts, self.held_prompts + other.held_prompts
+        return CalibrationStatistics(merged, self.fingerprint, prompts, held, kinds)
 
     def all_reduce(self, group: Any = None) -> CalibrationStatistics:
         """The statistics of all processes of a ``torch.distributed`` group together, the same on each of them.
@@ -127,7 +176,7 @@ class CalibrationStatistics:
         import torch.distributed as dist
 
         covered = [(entry.layers, str(entry.sinks.dtype)) for entry in self.inputs]
-        mine = (self.fingerprint.model, covered, [entry.sinks for entry in self.inputs])
+        mine = (self.fingerprint.model, covered, [(e.sinks, e.sample, e.held is not None) for e in self.inputs])
         gathered: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, mine, group)
         for rank, (*what, _) in enumerate(gathered):
@@ -135,31 +184,49 @@ class CalibrationStatistics:
                 raise ValueError(f"the statistics of ranks 0 and {rank} are of other models, layers or dtypes")
         # NCCL reduces tensors on GPUs only.
         device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-        counts = torch.tensor([self.prompts, *(n for e in self.inputs for n in (e.tokens, e.sink_tokens))])
-        counts = counts.to(device)
-        dist.all_reduce(counts, group=group)
-        prompts, *rest = counts.tolist()
+
+        def summed(t: torch.Tensor) -> torch.Tensor:
+            t = t.to(device, copy=True)
+            dist.all_reduce(t, group=group)
+            return t.cpu()
+
+        whole = torch.tensor([self.prompts, self.held_prompts, *self.kind_tokens])
+        each = torch.tensor([(e.tokens, e.sink_tokens, e.held_tokens) for e in self.inputs])
+        prompts, held_prompts, *kinds = summed(whole).tolist()
         reduced = []
-        for i, entry in enumerate(self.inputs):
-            triangle = entry.triangle().to(device, copy=True)
-            dist.all_reduce(triangle, group=group)
-            sinks = _union([theirs[i] for *_, theirs in gathered])
-            tokens, sink_tokens = rest[2 * i : 2 * i + 2]
+        for entry, counts, *theirs in zip(
+            self.inputs, summed(each).tolist(), *(entries for *_, entries in gathered), strict=True
+        ):
+            tokens, sink_tokens, held_tokens = counts
+            samples = [sample for _, sample, _ in theirs]
+            held = entry.held is not None and all(has for *_, has in theirs)
             reduced.append(
-                InputStatistics(list(entry.layers), triangle.cpu(), tokens, sinks, sink_tokens, entry.routed)
+                InputStatistics(
+                    list(entry.layers),
+                    summed(entry.triangle()),
+                    tokens,
+                    _union([sinks for sinks, *_ in theirs]),
+                    sink_tokens,
+                    entry.routed,
+                    None if None in samples else functools.reduce(Sample.merge, samples),
+                    summed(_read(entry.held)) if held else None,
+                    held_tokens if held else 0,
+                )
             )
-        return CalibrationStatistics(reduced, self.fingerprint, prompts)
+        return CalibrationStatistics(reduced, self.fingerprint, prompts, held_prompts, tuple(kinds))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically: of every covariance its lower triangle."""
         tensors: dict[str, torch.Tensor | StoredTensor] = {}
         inputs = []
         for i, entry in enumerate(self.inputs):
-            tensors[f"{i}.covariance"], tensors[f"{i}.sinks"] = entry.stored, entry.sinks
-            numbers = {"tokens": entry.tokens, "sink_tokens": entry.sink_tokens, "routed": entry.routed}
-            inputs.append({"layers": entry.layers, **numbers})
+            tensors |= entry.tensors(str(i))
+            names = ("layers", "tokens", "sink_tokens", "routed", "held_tokens")
+            inputs.append({name: getattr(entry, name) for name in names})
         header = {
             "prompts": self.prompts,
+            "held_prompts": self.held_prompts,
+            "kind_tokens": self.kind_tokens,
             "inputs": inputs,
             "fingerprint": {"model": self.fingerprint.model, "layers": self.fingerprint.layers},
         }
@@ -172,18 +239,9 @@ class CalibrationStatistics:
         Covariances stay in the file until they are asked for, one by one.
         """
         tensors, header = open_tensors(path, _KIND)
-        inputs = [
-            InputStatistics(
-                entry["layers"],
-                tensors[f"{i}.covariance"],
-                entry["tokens"],
-                tensors[f"{i}.sinks"].read(),
-                entry["sink_tokens"],
-                entry.get("routed", False),
-            )
-            for i, entry in enumerate(header["inputs"])
-        ]
-        return cls(inputs, ModelFingerprint(**header["fingerprint"]), header["prompts"])
+        inputs = [InputStatistics.of(tensors, str(i), **entry) for i, entry in enumerate(header["inputs"])]
+        counts = header.get("held_prompts", 0), tuple(header.get("kind_tokens", (0, 0, 0)))
+        return cls(inputs, ModelFingerprint(**header["fingerprint"]), header["prompts"], *counts)
 
     def __repr__(self) -> str:
         tokens = max((entry.tokens for entry in self.inputs), default=0)
@@ -191,6 +249,10 @@ class CalibrationStatistics:
             f"CalibrationStatistics({len(self._by_layer)} layers, {len(self.inputs)} distinct inputs, "
             f"{self.prompts} prompts, {tokens} tokens)"
         )
+
+
+def _read(t: torch.Tensor | StoredTensor) -> torch.Tensor:
+    return t.read() if isinstance(t, StoredTensor) else t
 
 
 def packed(C: torch.Tensor) -> torch.Tensor:

@@ -22,10 +22,13 @@ def test_sizes_are_those_of_the_files(tmp_path):
     stats.save(tmp_path / "s")
     plan = plan_for(model, stats)
     plan.save(tmp_path / "p")
-    triangles = sum(4 * one.features * (one.features + 1) // 2 for one in stats.inputs)
+    covariances = [one.features for one in stats.inputs for _ in range(1 + (one.held is not None))]
+    assert len(covariances) == len(stats.inputs) + 1
+    triangles = sum(4 * d * (d + 1) // 2 for d in covariances)
+    samples = sum(one.sample.rows.nbytes + one.sample.keys.nbytes for one in stats.inputs)
     assert guess.collection.stored_bytes == triangles
-    assert triangles <= (tmp_path / "s").stat().st_size <= triangles + 20_000  # sinks and header
-    assert guess.collection.whole_bytes == sum(4 * one.features**2 for one in stats.inputs)
+    assert triangles <= (tmp_path / "s").stat().st_size - samples <= triangles + 20_000  # sinks and header
+    assert guess.collection.whole_bytes == sum(4 * d**2 for d in covariances)
     held = sum(t.nbytes for space in plan.spaces for t in [space.basis])
     held += sum(t.nbytes for layer in plan.layers.values() for t in (layer.A0, layer.B0))
     assert held <= guess.plan_bytes

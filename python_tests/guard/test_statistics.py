@@ -494,7 +494,7 @@ def test_for_layer_and_repr():
     counted = sum(map(len, PROMPTS)) - len(PROMPTS)
     assert repr(stats) == f"CalibrationStatistics(3 layers, 2 distinct inputs, 5 prompts, {counted} tokens)"
     kept = {"layers", "features", "stored", "tokens", "sinks", "sink_tokens", "routed"}
-    assert vars(stats.inputs[0]).keys() == kept
+    assert vars(stats.inputs[0]).keys() == kept | {"sample", "held", "held_tokens"}
 
 
 class LateReader(nn.Module):

@@ -12,7 +12,8 @@ from guardspace_kernels.guard.batches import Batch
 from guardspace_kernels.guard.collecting.collector import CollectedInput, Collector
 from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tensors
 from guardspace_kernels.guard.fingerprint import ModelFingerprint, tensor_fingerprint
-from guardspace_kernels.guard.statistics import InputStatistics, unpacked
+from guardspace_kernels.guard.sampling import kept
+from guardspace_kernels.guard.statistics import InputStatistics
 
 
 class Checkpoint:
@@ -68,8 +69,10 @@ class Checkpoint:
         if header["batches"] != self.batches:
             raise ValueError(f"another process wrote {self._name()}; give each process a file of its own")
         return [
-            InputStatistics(names, tensors[f"{i}.covariance"], tokens, tensors[f"{i}.sinks"].read(), sink_tokens)
-            for i, (names, tokens, sink_tokens, _) in enumerate(header["inputs"])
+            InputStatistics.of(
+                tensors, str(i), layers=names, tokens=tokens, sink_tokens=sink_tokens, held_tokens=held_tokens
+            )
+            for i, (names, tokens, sink_tokens, _, held_tokens) in enumerate(header["inputs"])
         ]
 
     def _name(self) -> str:
@@ -83,14 +86,17 @@ class Checkpoint:
         tensors: dict[str, torch.Tensor | StoredTensor] = {}
         inputs = []
         for i, one in enumerate(self.collector.inputs):
-            tensors[f"{i}.covariance"], tensors[f"{i}.sinks"] = one.triangle(), one.sinks
-            tokens = int(one.accumulator.tokens)
-            inputs.append([one.layers, tokens, one.sink_tokens, one.first_batch])
+            entry = one.so_far()
+            tensors |= entry.tensors(str(i))
+            inputs.append([entry.layers, entry.tokens, entry.sink_tokens, one.first_batch, entry.held_tokens])
+        sampler = self.collector.sampler
         header = {
             "inputs": inputs,
             "routed": [sorted(self.collector.routing.containers), sorted(self.collector.routing.flat)],
             "batches": self.batches,
             "prompts": self.prompts,
+            "held_prompts": sampler.held_prompts,
+            "kind_tokens": sampler.kind_tokens,
             "options": self.options,
             "fingerprint": {"model": self.fingerprint.model, "layers": self.fingerprint.layers},
         }
@@ -103,14 +109,25 @@ class Checkpoint:
                 f"{self._name()} was made with {header['options']}, this call has {self.options}; {self._advice()}"
             )
         self.fingerprint.check(ModelFingerprint(**header["fingerprint"]), f"the statistics in {self._name()}")
-        for i, (names, tokens, sink_tokens, first_batch) in enumerate(header["inputs"]):
-            sinks = tensors[f"{i}.sinks"].read()
+        sampler = self.collector.sampler
+        for i, (names, tokens, sink_tokens, first_batch, held_tokens) in enumerate(header["inputs"]):
+            entry = InputStatistics.of(
+                tensors, str(i), layers=names, tokens=tokens, sink_tokens=sink_tokens, held_tokens=held_tokens
+            )
+            sinks = entry.sinks
             one = CollectedInput(sinks.shape[1], sinks.dtype, sinks.device, first_batch)  # it follows its first tensor
             one.layers, one.sinks, one.sink_tokens = names, sinks, sink_tokens
-            one.accumulator.lower.copy_(unpacked(tensors[f"{i}.covariance"].read()))
+            one.accumulator.lower.copy_(entry.covariance)
             one.accumulator.tokens.fill_(tokens)
+            if entry.held is not None:
+                one.hold(entry.held_on("cpu"), held_tokens)
+            if entry.sample is not None and len(entry.sample.keys):
+                one.sample = entry.sample
+                sampler.keys = torch.cat([sampler.keys, entry.sample.keys])
             self.collector.inputs.append(one)
             self.collector.input_of.update(dict.fromkeys(names, one))
+        sampler.keys = sampler.keys[kept(sampler.keys)]
+        sampler.held_prompts, sampler.kind_tokens = header["held_prompts"], header["kind_tokens"]
         containers, flat = header.get("routed", [[], []])
         self.collector.routing.containers.update(containers)
         self.collector.routing.flat.update(flat)

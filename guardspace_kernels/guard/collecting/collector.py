@@ -14,6 +14,7 @@ from guardspace_kernels.guard.batches import first_tokens
 from guardspace_kernels.guard.files import StoredTensor
 from guardspace_kernels.guard.layers import is_conv1d, is_sharded
 from guardspace_kernels.guard.routing import Routing
+from guardspace_kernels.guard.sampling import Marks, Sample, Sampler, kept, probed
 from guardspace_kernels.guard.statistics import InputStatistics, distinct, packed
 from guardspace_kernels.nn import CovarianceAccumulator
 
@@ -28,27 +29,71 @@ class CollectedInput:
         self.sinks = torch.empty(0, features, dtype=dtype, device=device)
         self.new_sinks: list[torch.Tensor] = []
         self.sink_tokens = 0
+        self.sample: Sample | None = None
+        self.new_rows: list[Sample] = []
+        self.held: CovarianceAccumulator | None = None
         self.tensor: weakref.ref[torch.Tensor] | None = None
         self.version = 0
 
-    def triangle(self) -> StoredTensor:
-        """Of the covariance, made when it is written."""
-        C = self.accumulator.lower
-        return StoredTensor(C.dtype, (len(C) * (len(C) + 1) // 2,), lambda: packed(C).cpu())
+    def hold(self, C: torch.Tensor | None = None, tokens: int = 0) -> None:
+        """From now on the covariance of the prompts that can be held out is kept as well; of ``tokens`` it is C."""
+        mine = self.accumulator.lower
+        self.held = CovarianceAccumulator(len(mine), mine.dtype, mine.device)
+        if C is not None:
+            self.held.lower.copy_(C)
+            self.held.tokens.fill_(tokens)
+
+    def so_far(self) -> InputStatistics:
+        """What was collected; triangles are made when they are written."""
+        held = None if self.held is None else _triangle(self.held)
+        held_tokens = 0 if self.held is None else int(self.held.tokens)
+        sample = self.sample or Sample(torch.empty(0, dtype=torch.int64), self.sinks[:0])
+        return InputStatistics(
+            self.layers,
+            _triangle(self.accumulator),
+            int(self.accumulator.tokens),
+            self.sinks,
+            self.sink_tokens,
+            False,
+            Sample(sample.keys, sample.rows.cpu()),
+            held,
+            held_tokens,
+        )
 
     def statistics(self) -> InputStatistics:
-        """What was collected; frees the accumulator."""
-        triangle, tokens = self.triangle().read(), int(self.accumulator.tokens)
-        del self.accumulator
-        return InputStatistics(self.layers, triangle, tokens, self.sinks, self.sink_tokens)
+        """What was collected; frees the accumulators."""
+        made = self.so_far()
+        made.stored = made.triangle()
+        if isinstance(made.held, StoredTensor):
+            made.held = made.held.read()
+        del self.accumulator, self.held
+        return made
+
+    def settle(self) -> None:
+        """At the end of a batch: of the rows that joined those that stay are kept."""
+        for new in self.new_rows:
+            old = self.sample or Sample(new.keys[:0], new.rows[:0])
+            keys, rows = torch.cat([old.keys, new.keys]), torch.cat([old.rows, new.rows])
+            which = kept(keys)
+            self.sample = Sample(keys[which], rows[which.to(rows.device)])
+        self.new_rows = []
 
     def to(self, device: torch.device) -> None:
         self.accumulator.to(device)
         self.sinks = self.sinks.to(device)
+        if self.held is not None:
+            self.held.to(device)
+        if self.sample is not None:
+            self.sample.rows = self.sample.rows.to(device)
 
     def read(self, x: torch.Tensor) -> bool:
         """Whether x is the very tensor this input was last updated with."""
         return self.tensor is not None and self.tensor() is x and self.version == version_of(x)
+
+
+def _triangle(accumulator: CovarianceAccumulator) -> StoredTensor:
+    C = accumulator.lower
+    return StoredTensor(C.dtype, (len(C) * (len(C) + 1) // 2,), lambda: packed(C).cpu())
 
 
 def version_of(x: torch.Tensor) -> int:
@@ -63,14 +108,21 @@ class Collector:
     """The hooks of one collection: routes each layer's input to its accumulator, once per distinct tensor."""
 
     def __init__(
-        self, guarded: Mapping[str, nn.Module], names: Iterable[str], dtype: torch.dtype, sink: bool, routing: Routing
+        self,
+        guarded: Mapping[str, nn.Module],
+        names: Iterable[str],
+        dtype: torch.dtype,
+        sink: bool,
+        routing: Routing,
+        probes: set[str] | None = None,
     ) -> None:
-        """Collects for ``names``, some of the guarded layers."""
+        """Collects for ``names``, some of the guarded layers; ``probes`` are among those."""
         self.guarded = guarded
         self.layers = {name: guarded[name] for name in names}
         self.dtype = dtype
         self.sink = sink
         self.routing = routing
+        self.sampler = Sampler(probed(list(guarded)) if probes is None else probes)
         self.inputs: list[CollectedInput] = []
         self.input_of: dict[str, CollectedInput] = {}
         self.mask = self.counted = self.first = torch.empty(0)
@@ -81,8 +133,10 @@ class Collector:
         self.waiting: set[str] = set()  # what a forward is run for; empty: let it end by itself
 
     @contextmanager
-    def counting(self, mask: torch.Tensor) -> Iterator[None]:
+    def counting(self, mask: torch.Tensor, marks: Marks | None = None) -> Iterator[None]:
         """Within the context every forward of a layer counts; hooks go whatever happens.
+
+        Without ``marks`` of the tokens no rows are kept, and no prompts to hold out.
 
         All guarded layers multiply real tokens only, whichever of them are collected, since the bits of a product
         depend on its number of rows; but those whose input is not (prompts, tokens, d), such as experts, and those of
@@ -93,6 +147,8 @@ class Collector:
         self.first, self.counted = first.nonzero().flatten(), ~first
         if not flat.all():
             self.real = flat.nonzero().flatten()
+        if marks is not None:
+            self.sampler.begin(marks, mask, self.counted if self.sink else torch.ones_like(self.counted))
         handles = []
         for name, module in self.guarded.items():
             plain = type(module).forward is nn.Linear.forward or is_conv1d(module)
@@ -106,6 +162,7 @@ class Collector:
                 yield
         finally:
             self.latest = None
+            self.sampler.end()
             for handle in handles:
                 handle.remove()
 
@@ -170,8 +227,13 @@ class Collector:
                 self.inputs.append(mine)
             mine.layers.append(name)
             self.input_of[name] = mine
+            probe = name in self.sampler.probes and mine.held is None
+            if probe:
+                mine.hold()
             if fresh:
                 self.update(name, mine, x)
+            elif probe:
+                self.hold(mine, x)
         elif mine.layers[0] == name:
             self.update(name, mine, x)
         elif not mine.read(x):
@@ -190,12 +252,20 @@ class Collector:
             rows, counted, first = self.rows_of(x), None, self.first.to(x.device)
             if self.sink:
                 counted = self.counted.to(x.device)
+            if len(self.sampler.new):
+                mine.new_rows.append(Sample(self.sampler.new_keys, rows.index_select(0, self.sampler.new.to(x.device))))
+            self.hold(mine, x)
         else:
             real, is_first = self.routing.tokens(name, x)
             rows, counted, first = x, real & ~is_first if self.sink else real, is_first.nonzero().flatten()
         if self.sink:
             mine.new_sinks.append(rows.index_select(0, first).to(self.dtype))
         mine.accumulator.update(rows, counted)
+
+    def hold(self, mine: CollectedInput, x: torch.Tensor) -> None:
+        """Counts prompts that can be held out, where the input keeps them."""
+        if mine.held is not None and self.sampler.held is not None and x.shape[:-1] == self.mask.shape:
+            mine.held.update(self.rows_of(x), self.sampler.held.to(x.device))
 
     def end_batch(self) -> None:
         """Looks for non-finite values, one device synchronisation for all layers, and keeps distinct sinks."""
@@ -215,3 +285,4 @@ class Collector:
                 mine.sinks = distinct(rows, mine.sinks)
                 mine.sink_tokens += rows.shape[0]
             mine.new_sinks = []
+            mine.settle()

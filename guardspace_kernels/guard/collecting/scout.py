@@ -16,6 +16,7 @@ from guardspace_kernels.guard.fingerprint import tensor_fingerprint
 from guardspace_kernels.guard.layers import linear_weight
 from guardspace_kernels.guard.passes import LayerInput, Replay, blocks_of, output_of
 from guardspace_kernels.guard.routing import Routing, grouped_as_siblings
+from guardspace_kernels.guard.sampling import Marks
 
 
 class Scout(Collector):
@@ -30,7 +31,7 @@ class Scout(Collector):
         self.read: dict[str, str] = {}  # fingerprints, by the layers of the second half of the blocks
 
     @contextmanager
-    def counting(self, mask: torch.Tensor) -> Iterator[None]:
+    def counting(self, mask: torch.Tensor, marks: Marks | None = None) -> Iterator[None]:
         handles = []
         for i, block in enumerate(self.blocks):
             handles.append(block.register_forward_pre_hook(lambda _module, _args, i=i: self.begun.append(i)))
@@ -38,7 +39,7 @@ class Scout(Collector):
                 block.register_forward_hook(lambda _module, _args, result: self.results.append(output_of(result)))
             )
         try:
-            with super().counting(mask):
+            with super().counting(mask, marks):
                 yield
         finally:
             for handle in handles:
@@ -63,8 +64,15 @@ class Scout(Collector):
         groups = [one.layers for one in self.inputs]
         lists = self.routing.containers | self.routing.flat
         groups += grouped_as_siblings([name for name in self.layers if name not in self.after], groups, lists)
+        probes = self.sampler.probes
         return [
-            LayerInput(tuple(g), linear_weight(self.layers[g[0]]).shape[1], self.after.get(g[0], 0)) for g in groups
+            LayerInput(
+                tuple(group),
+                linear_weight(self.layers[group[0]]).shape[1],
+                self.after.get(group[0], 0),
+                not probes.isdisjoint(group),
+            )
+            for group in groups
         ]
 
 
