@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from guardspace_kernels.ops import null_project_
-from guardspace_kernels.ops._library import require_basis
+from guardspace_kernels.ops._library import compute_dtype, full_float32_products, require_basis
+
+#: max |QᵀQ − I| that is taken for rounding, with a wide margin: eigenvectors in float32 reach 3e-6.
+ORTHONORMAL = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+#: The name of the form in a state dict.
+FORM = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
+
+
+def orthonormal_error(basis: torch.Tensor) -> float:
+    """max |QᵀQ − I|, formed in at least float32; NaN if the basis (d, k) is not finite."""
+    basis = basis.detach().to(compute_dtype(basis.dtype))
+    with full_float32_products():
+        gram = basis.T @ basis
+    gram.diagonal().sub_(1.0)
+    return float(gram.abs().max()) if gram.numel() else 0.0
+
+
+def is_orthonormal(basis: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether the columns of a basis are, up to what rounding to ``dtype``, by default its own, leaves."""
+    return orthonormal_error(basis) <= ORTHONORMAL[dtype or basis.dtype]
+
+
+def refuse_state(module: nn.Module, problems: list[str]) -> None:
+    """RuntimeError with the problems, if there are any, before anything is loaded."""
+    if problems:
+        raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {type(module).__name__}:", *problems]))
 
 
 class NullSpaceProjector(nn.Module):
@@ -17,6 +44,16 @@ class NullSpaceProjector(nn.Module):
     ``complement=True``: the basis spans the protected directions, ``P = I − Q Qᵀ``. ``False``: it spans the null
     space, ``P = N Nᵀ``. ``forward(x)`` returns ``x P`` and is differentiable; :meth:`project_` works in place. Casting
     the module to another dtype leaves the basis in its own: rounded to bfloat16 it would leak 1e-3.
+
+    A state dict brings basis and form together, whatever the number of columns; one whose basis is not orthonormal, or
+    one without the other, is refused before anything is loaded.
+
+    Args:
+        basis: (d, k), k <= d, float64, float32, float16 or bfloat16, orthonormal columns.
+        complement: which of the two forms. persistent: whether the basis is part of state dicts.
+
+    Raises:
+        TypeError, ValueError: a basis of another shape or dtype, not finite, or not orthonormal.
     """
 
     basis: torch.Tensor
@@ -26,6 +63,11 @@ class NullSpaceProjector(nn.Module):
         if basis.dim() != 2:
             raise ValueError(f"basis must be (d, k), got shape {tuple(basis.shape)}")
         require_basis("NullSpaceProjector", basis, basis.shape[0], "basis")
+        if not basis.is_meta and not is_orthonormal(basis):
+            raise ValueError(
+                f"NullSpaceProjector: basis {tuple(basis.shape)} must be finite with orthonormal columns, got max "
+                f"|QᵀQ − I| = {orthonormal_error(basis):.1e}; take torch.linalg.qr(basis).Q of independent columns"
+            )
         self.register_buffer("basis", basis.detach(), persistent=persistent)
         self.complement = complement
 
@@ -55,11 +97,39 @@ class NullSpaceProjector(nn.Module):
             self.basis = basis.to(self.basis.device)
         return self
 
+    def state_problems(self, state: Mapping[str, Any], prefix: str = "") -> list[str]:
+        """Why what ``state`` holds under ``prefix`` is not loaded; nothing is changed."""
+        name, form_name = f"{prefix}basis", f"{prefix}{FORM}"
+        basis, form, kept = state.get(name), state.get(form_name), self.basis
+        if form is not None and not _is_flag(form):
+            return [f"{form_name} must be one boolean, whether the basis spans the protected directions, got {form!r}"]
+        if "basis" in self._non_persistent_buffers_set:
+            same = form is None or bool(form) == self.complement
+            return [] if same else [f"{form_name}: the state is of the other form, and this projector keeps its basis"]
+        if basis is None and form is None:
+            return []
+        if basis is None or form is None:
+            return [f"{name} and {form_name}, its form, are loaded together, got one of them"]
+        if not isinstance(basis, torch.Tensor) or basis.dtype not in ORTHONORMAL:
+            return [f"{name} must be a floating-point tensor, got {getattr(basis, 'dtype', type(basis).__name__)}"]
+        d, k = kept.shape
+        if basis.dim() != 2 or basis.shape[0] != d or basis.shape[1] > d:
+            return [
+                f"size mismatch for {name}: saved with shape {tuple(basis.shape)}, ours is {(d, k)}, up to {d} columns"
+            ]
+        if not basis.is_meta and not is_orthonormal(basis, kept.dtype):
+            off = orthonormal_error(basis)
+            return [
+                f"{name} is not orthonormal (max |QᵀQ − I| = {off:.1e}): altered, not finite, or rounded when saved"
+            ]
+        return []
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The number of columns is data, not architecture: a file's basis replaces ours, in whichever form it is.
-        saved = state_dict.get(prefix + "basis")
-        if saved is not None and saved.dim() == 2 and saved.shape[0] == self.basis.shape[0]:
-            self.basis = self.basis.new_empty(saved.shape)
+        refuse_state(self, self.state_problems(state_dict, prefix))
+        basis = state_dict.get(f"{prefix}basis")
+        if basis is not None and "basis" not in self._non_persistent_buffers_set:
+            # The number of columns is data, not architecture: a file's basis replaces ours, in whichever form it is.
+            self.basis = basis.detach().to(self.basis, copy=True)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def get_extra_state(self) -> torch.Tensor:
@@ -67,3 +137,7 @@ class NullSpaceProjector(nn.Module):
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         self.complement = bool(state)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.numel() == 1 and not value.is_meta

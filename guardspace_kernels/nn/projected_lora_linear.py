@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 
-from guardspace_kernels.nn.null_space_projector import NullSpaceProjector
-from guardspace_kernels.ops import projected_lora
+from guardspace_kernels.nn.null_space_projector import FORM, NullSpaceProjector, refuse_state
+from guardspace_kernels.ops import null_project_, projected_lora
 from guardspace_kernels.ops._library import full_float32_products
 from guardspace_kernels.ops.projected_lora.reference import spread
 
@@ -34,6 +36,21 @@ def delta_factors(
     if frozen_A is None or frozen_B is None:
         return F, A_P
     return torch.cat([F, -scale * frozen_B.to(dtype)], dim=1), torch.cat([A_P, frozen_A.to(dtype)], dim=0)
+
+
+# What rounding A₀P to its dtype leaves outside the null space, with a wide margin.
+_LEAK = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def _outside(name: str, frozen_A: torch.Tensor, basis: torch.Tensor, complement: bool) -> list[str]:
+    """Why A₀P does not belong to a basis, if it does not."""
+    A = frozen_A.detach().double()  # float32's norms overflow from 2e19 on
+    inside = A.clone()
+    null_project_(inside, basis.detach(), complement)
+    leak = float((A - inside).norm() / A.norm().clamp_min(torch.finfo(A.dtype).tiny))
+    if leak <= _LEAK[frozen_A.dtype]:
+        return []
+    return [f"{name} acts outside the null space of the basis (‖A₀P Q‖/‖A₀P‖ = {leak:.1e}): one of them was altered"]
 
 
 class ProjectedLoraLinear(nn.Module):
@@ -147,6 +164,49 @@ class ProjectedLoraLinear(nn.Module):
             self.dropout if self.training else 0.0,
             output_sizes=self.output_sizes,
         )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """As ``nn.Module.load_state_dict``, but all or nothing: what is refused changes nothing.
+
+        Raises:
+            RuntimeError: with ``strict``, missing or unexpected keys; entries of another shape or not finite; a basis
+                that is not orthonormal; a frozen A₀P that does not lie in the null space of the basis.
+        """
+        if strict:
+            ours, theirs = self.state_dict().keys(), state_dict.keys()
+            refuse_state(
+                self,
+                [
+                    f"{what} key(s) in state_dict: {', '.join(sorted(keys))}"
+                    for what, keys in (("Missing", ours - theirs), ("Unexpected", theirs - ours))
+                    if keys
+                ],
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Before this module's entries are copied, and those of the projector, which come after it.
+        refuse_state(self, self._state_problems(state_dict, prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _state_problems(self, state: Mapping[str, Any], prefix: str) -> list[str]:
+        problems = self.projector.state_problems(state, f"{prefix}projector.")
+        for name, ours in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
+            key = prefix + name
+            theirs = state.get(key, ours)
+            if not isinstance(theirs, torch.Tensor) or theirs.shape != ours.shape:
+                got = tuple(theirs.shape) if isinstance(theirs, torch.Tensor) else type(theirs).__name__
+                problems.append(f"size mismatch for {key}: saved as {got}, ours is {tuple(ours.shape)}")
+            elif name not in ("weight", "bias") and not theirs.is_meta and not torch.isfinite(theirs).all():
+                problems.append(f"{key} holds non-finite values")
+        frozen_A = state.get(f"{prefix}frozen_A", self.frozen_A)
+        if not problems and frozen_A is not None and not frozen_A.is_meta:
+            basis = state.get(f"{prefix}projector.basis", self.projector.basis)
+            complement = bool(state.get(f"{prefix}projector.{FORM}", self.projector.complement))
+            problems += _outside(f"{prefix}frozen_A", frozen_A, basis.to(frozen_A.device), complement)
+        return problems
 
     def delta_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(F, G) with ``ΔW = F G`` against :attr:`weight`; see :func:`delta_factors`."""

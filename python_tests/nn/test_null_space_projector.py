@@ -75,6 +75,83 @@ def test_a_basis_of_another_layer_is_refused():
         NullSpaceProjector(orthonormal(D, K)).load_state_dict(NullSpaceProjector(orthonormal(D + 1, K)).state_dict())
 
 
+def altered(basis, entry=0.01):
+    basis = basis.clone()
+    basis[1, 1] += entry
+    return basis
+
+
+FORM = "_extra_state"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s | {"basis": altered(s["basis"])}, r"basis is not orthonormal \(max \|QᵀQ − I\| = \d\.\de-0"),
+        (lambda s: s | {"basis": altered(s["basis"], 1e20)}, "basis is not orthonormal"),
+        (lambda s: s | {"basis": altered(s["basis"], torch.nan)}, r"basis is not orthonormal \(.* = nan\)"),
+        (lambda s: s | {"basis": torch.zeros_like(s["basis"])}, "basis is not orthonormal"),
+        (lambda s: s | {"basis": s["basis"].bfloat16()}, "basis is not orthonormal .*rounded when saved"),
+        (lambda s: s | {"basis": s["basis"].long()}, "basis must be a floating-point tensor, got torch.int64"),
+        (lambda s: s | {"basis": [1.0]}, "basis must be a floating-point tensor, got list"),
+        (lambda s: s | {"basis": s["basis"].T}, r"size mismatch for (0\.)?basis: saved with shape \(5, 17\), ours"),
+        (lambda s: s | {"basis": torch.eye(D + 1)}, r"size mismatch for (0\.)?basis: saved with shape \(18, 18\)"),
+        (lambda s: s | {FORM: torch.tensor(2)}, r"_extra_state must be one boolean, .*got tensor\(2\)"),
+        (lambda s: s | {FORM: None}, "basis and (0.)?_extra_state, its form, are loaded together"),
+        (lambda s: {"basis": s["basis"]}, "basis and (0.)?_extra_state, its form, are loaded together"),
+        (lambda s: {FORM: s[FORM]}, "basis and (0.)?_extra_state, its form, are loaded together"),
+    ],
+)
+def test_a_state_that_is_no_projector_is_refused_and_changes_nothing(change, message, strict, nested):
+    target = NullSpaceProjector(orthonormal(D, K + 3), complement=False)
+    before = target.basis.clone()
+    state = change(dict(NullSpaceProjector(orthonormal(D, K)).state_dict()))
+    module = nn.Sequential(target) if nested else target
+    with pytest.raises(RuntimeError, match=message):
+        module.load_state_dict({f"0.{k}": v for k, v in state.items()} if nested else state, strict=strict)
+    assert torch.equal(target.basis, before) and target.complement is False
+
+
+def test_a_state_that_is_refused_elsewhere_leaves_no_uninitialised_basis():
+    source, target = NullSpaceProjector(orthonormal(D, K)), NullSpaceProjector(orthonormal(D, K + 3))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        nn.Sequential(target).load_state_dict({f"0.{k}": v for k, v in source.state_dict().items()} | {"1.x": None})
+    assert torch.equal(target.basis, source.basis)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_basis_that_is_not_saved_is_not_loaded(strict):
+    """It is a plan's: neither a basis nor another form comes from a state dict."""
+    target = NullSpaceProjector(orthonormal(D, K), persistent=False)
+    before, state = target.basis.clone(), dict(NullSpaceProjector(orthonormal(D, K + 2)).state_dict())
+    if strict:
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            target.load_state_dict(state)
+    else:
+        target.load_state_dict(state, strict=False)
+    assert torch.equal(target.basis, before) and target.complement
+    with pytest.raises(RuntimeError, match="_extra_state: the state is of the other form"):
+        target.load_state_dict({FORM: torch.tensor(False)}, strict=strict)
+    assert target.complement
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_basis_of_any_dtype_round_trips(dtype):
+    source, target = (NullSpaceProjector(orthonormal(D, k, dtype)) for k in (K, K + 2))
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.basis, source.basis) and target.basis.dtype == dtype
+
+
+@pytest.mark.filterwarnings("ignore:for basis.*no-op")
+@pytest.mark.parametrize("assign", [False, True])
+def test_states_are_loaded_onto_meta_and_by_assignment(assign):
+    source, target = NullSpaceProjector(orthonormal(D, K)), NullSpaceProjector(orthonormal(D, K + 2)).to("meta")
+    target.load_state_dict(source.state_dict(), assign=assign)
+    assert target.basis.shape == (D, K) and target.basis.is_meta != assign
+
+
 def test_the_basis_is_a_buffer_without_grad_that_need_not_be_saved():
     projector = NullSpaceProjector(orthonormal(D, K).requires_grad_(), persistent=False)
     assert not list(projector.parameters()) and not projector.basis.requires_grad
@@ -91,6 +168,8 @@ def test_repr_names_what_matters():
     [
         (torch.ones(D), ValueError, rf"basis must be \(d, k\), got shape \({D},\)"),
         (torch.ones(3, 4), ValueError, r"basis must be \(d, k\) with d = 3 .*k <= d, got shape \(3, 4\)"),
+        (torch.ones(3, 2), ValueError, r"basis \(3, 2\) must be finite with orthonormal columns, .* = 3\.0e\+00; take"),
+        (torch.full((3, 2), torch.nan), ValueError, r"must be finite with orthonormal columns, .* = nan"),
         (torch.ones(3, 2).long(), TypeError, r"basis must be float64.*got torch.int64 of shape \(3, 2\)"),
     ],
 )

@@ -169,6 +169,55 @@ def test_a_state_dict_of_another_layer_is_refused(change):
         build(init=True).load_state_dict(source.state_dict())
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s | {"projector.basis": 2 * s["projector.basis"]}, "projector.basis is not orthonormal"),
+        (lambda s: s | {"projector._extra_state": torch.tensor(False)}, "frozen_A acts outside the null space of the"),
+        (lambda s: s | {"projector._extra_state": torch.tensor(1.0)}, "projector._extra_state must be one boolean"),
+        (lambda s: s | {"frozen_A": s["frozen_A"] + 0.1}, r"frozen_A acts outside .* \(‖A₀P Q‖/‖A₀P‖ = .*altered"),
+        (lambda s: s | {"frozen_A": s["frozen_A"].float() + 1e30}, "frozen_A acts outside"),
+        (lambda s: s | {"frozen_B": s["frozen_B"] * torch.inf}, "frozen_B holds non-finite values"),
+        (lambda s: s | {"lora_A": s["lora_A"] * torch.nan}, "lora_A holds non-finite values"),
+        (lambda s: s | {"lora_B": s["lora_B"][:, :1]}, r"size mismatch for (0\.)?lora_B: saved as \(13, 1\), ours"),
+        (lambda s: s | {"weight": s["weight"][:1]}, "size mismatch for (0.)?weight"),
+        (lambda s: s | {"bias": 1.0}, "size mismatch for (0.)?bias: saved as float"),
+    ],
+)
+def test_a_refused_state_changes_nothing(change, message, nested):
+    layer, source = build(k=K + 2), trained(build(k=K))
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
+    state = change(source.state_dict())
+    module = nn.Sequential(layer) if nested else layer
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=f"Error.* in loading state_dict for ProjectedLoraLinear.*\n.*{message}"):
+            module.load_state_dict({f"0.{k}": v for k, v in state.items()} if nested else state, strict=strict)
+        assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s | {"extra": torch.ones(1)}, r"Unexpected key\(s\) in state_dict: extra"),
+        (lambda s: {k: v for k, v in s.items() if "frozen" not in k}, r"Missing key\(s\) .*: frozen_A, frozen_B"),
+    ],
+)
+def test_a_state_with_other_keys_changes_nothing_unless_asked_to(change, message):
+    layer, source = build(), trained(build())
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(change(source.state_dict()))
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+
+
+def test_a_part_of_a_state_is_loaded_where_asked_to():
+    layer, source = build(), trained(build())
+    part = {name: source.state_dict()[name] for name in ("lora_A", "lora_B")}
+    layer.load_state_dict(part, strict=False)
+    assert torch.equal(layer.lora_A, source.lora_A) and torch.equal(layer.lora_B, source.lora_B)
+
+
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
 def test_casting_leaves_the_basis_in_its_dtype(cast):
     layer = cast(nn.Sequential(build(linear(torch.float32), dtype=torch.float32)))[0]
