@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from guardspace_kernels.guard.fingerprint import ModelFingerprint
 from guardspace_kernels.guard.layers import find_layers
 from guardspace_kernels.guard.plan import GuardPlan
 
@@ -34,7 +33,7 @@ def layer_guards(model: nn.Module, plan: GuardPlan) -> Iterator[tuple[str, Layer
         TypeError: the model carries adapters already. ValueError: the plan is of another model.
     """
     names = list(find_layers(model, list(plan.layers)))
-    plan.model.check(ModelFingerprint.of(model, names), "the plan's statistics")
+    plan.model.check_model(model, names, "the plan's statistics")
     for name in names:
         layer, space = plan.layers[name], plan.space_of(name)
         yield (

@@ -23,7 +23,7 @@ from guardspace_kernels.guard.batches import (
     to_device,
     with_answers,
 )
-from guardspace_kernels.guard.fingerprint import ModelFingerprint, tensor_fingerprint
+from guardspace_kernels.guard.fingerprint import ModelFingerprint
 from guardspace_kernels.guard.layers import adapted_base, is_conv1d, linear_weight, named_submodules, peft_model
 from guardspace_kernels.guard.routing import Routing
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
@@ -276,23 +276,31 @@ def certify(
     return report
 
 
-def check_statistics(model: nn.Module, layers: dict[str, AdaptedLayer], stats: CalibrationStatistics) -> None:
-    """ValueError unless the statistics are of these layers and of the base model's weights; names the layer."""
-    known = stats.fingerprint.layers
-    for name, layer in layers.items():
+def check_statistics(model: nn.Module, layers: dict[str, AdaptedLayer], stats: CalibrationStatistics) -> dict[str, str]:
+    """ValueError unless the statistics are of these layers and of the base model's weights; names the layer.
+
+    Returns:
+        What became of the other weights since the statistics were collected, by name; and of these, where the model was
+        cast to a narrower dtype. See :meth:`ModelFingerprint.differences`.
+    """
+    for name in layers:
         if name not in stats.layers:
             raise ValueError(f"layer {name} has no statistics; collect them with it in target_modules")
+    mine = stats.fingerprint.restricted(layers)
+    found = mine.differences(ModelFingerprint.of(model, list(layers), version=mine.version, adapted=True))
+    for name, layer in layers.items():
         if getattr(layer.module, "weight_is_residual", False):
-            continue  # the base weight is gone but for rounding: the plan remembers it
-        stored = layer.weight.T if layer.fan_in_fan_out else layer.weight
-        if tensor_fingerprint(stored) != known[name]:
+            found.pop(f"{name}.weight", None)  # the base weight is gone but for rounding: the plan remembers it
+        difference = found.get(f"{name}.weight", "")
+        if difference and not difference.startswith("rounded"):
             raise ValueError(
-                f"layer {name}: its base weight is not the one the statistics were collected on; collect them again"
+                f"layer {name}: its base weight is not the one the statistics were collected on ({difference}); "
+                "collect them again"
             )
     plan = getattr(model, "guard_plan", None)
     if plan is not None:
-        mine = ModelFingerprint(stats.fingerprint.model, {name: known[name] for name in layers})
         plan.model.check(mine, "the statistics")
+    return found
 
 
 def _certify_layer(name: str, layer: AdaptedLayer, entry: InputStatistics) -> LayerDrift:

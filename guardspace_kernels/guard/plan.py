@@ -123,6 +123,8 @@ class GuardPlan:
     def fingerprint(self) -> str:
         """A hash of everything in the plan."""
         digest = hashlib.sha256(repr((self.config, self.model.model)).encode())
+        if self.model.weights is not None:
+            digest.update(repr(sorted(self.model.weights.items())).encode())
         for name, layer in self.layers.items():
             digest.update(repr((name, layer.shape, layer.space, layer.warnings, self.model.layers[name])).encode())
             for t in (layer.A0, layer.B0):
@@ -183,7 +185,7 @@ class GuardPlan:
             spaces.append({f.name: getattr(space, f.name) for f in dataclasses.fields(space) if f.name != "basis"})
         header = {
             "config": dataclasses.asdict(self.config),
-            "model": dataclasses.asdict(self.model),
+            "model": self.model.to_header(),
             "layers": [[x.name, x.shape, x.space, x.warnings] for x in self.layers.values()],
             "spaces": spaces,
             "left_out": self.left_out,
@@ -205,7 +207,7 @@ class GuardPlan:
             None if entry is None else NullSpace(basis=tensors[f"space.{i}.basis"], **entry)
             for i, entry in enumerate(header["spaces"])
         ]
-        config, model = GuardConfig(**header["config"]), ModelFingerprint(**header["model"])
+        config, model = GuardConfig(**header["config"]), ModelFingerprint.from_header(header["model"])
         plan = cls(config, layers, spaces, model, header.get("left_out", {}))
         if plan.fingerprint != header["fingerprint"]:
             raise ValueError(f"{os.fspath(path)}: the plan's content does not match its fingerprint; it was altered")

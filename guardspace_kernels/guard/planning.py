@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from guardspace_kernels.guard.fingerprint import ModelFingerprint
 from guardspace_kernels.guard.layers import (
     find_layers,
     is_sharded,
@@ -138,7 +137,7 @@ def plan_guard(
     missing = [name for name in names if name not in stats.layers]
     if missing:
         raise ValueError(f"layer {missing[0]} has no statistics; collect them with it in target_modules")
-    stats.fingerprint.check(ModelFingerprint.of(model, names), "the statistics")
+    stats.fingerprint.check_model(model, names, "the statistics")
 
     used = [entry for entry in stats.inputs if any(name in names for name in entry.layers)]
 
@@ -189,8 +188,7 @@ def plan_guard(
             "add layers to target_modules"
         )
     layers = {name: of_layer[name] for name in names if name in of_layer}
-    fingerprint = ModelFingerprint(stats.fingerprint.model, {n: stats.fingerprint.layers[n] for n in layers})
-    return GuardPlan(config, layers, spaces, fingerprint, left_out)
+    return GuardPlan(config, layers, spaces, stats.fingerprint.restricted(layers), left_out)
 
 
 def solve_bytes(features: int, weight: int) -> int:

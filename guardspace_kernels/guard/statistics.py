@@ -228,7 +228,7 @@ class CalibrationStatistics:
             "held_prompts": self.held_prompts,
             "kind_tokens": self.kind_tokens,
             "inputs": inputs,
-            "fingerprint": {"model": self.fingerprint.model, "layers": self.fingerprint.layers},
+            "fingerprint": self.fingerprint.to_header(),
         }
         save_tensors(path, _KIND, tensors, header)
 
@@ -241,7 +241,7 @@ class CalibrationStatistics:
         tensors, header = open_tensors(path, _KIND)
         inputs = [InputStatistics.of(tensors, str(i), **entry) for i, entry in enumerate(header["inputs"])]
         counts = header.get("held_prompts", 0), tuple(header.get("kind_tokens", (0, 0, 0)))
-        return cls(inputs, ModelFingerprint(**header["fingerprint"]), header["prompts"], *counts)
+        return cls(inputs, ModelFingerprint.from_header(header["fingerprint"]), header["prompts"], *counts)
 
     def __repr__(self) -> str:
         tokens = max((entry.tokens for entry in self.inputs), default=0)

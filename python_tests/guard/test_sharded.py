@@ -16,7 +16,7 @@ from guard_helpers import PROMPTS, PlainModel, assert_same_bits, batch_of, colle
 from torch import nn
 
 import guardspace_kernels as gk
-from guardspace_kernels.guard import collection, layers
+from guardspace_kernels.guard import collection, layers, weights
 from guardspace_kernels.guard.collection import plan_collection
 from guardspace_kernels.guard.estimate import estimate_preparation
 from guardspace_kernels.guard.fingerprint import ModelFingerprint
@@ -152,7 +152,7 @@ def fingerprint_ranks(folder, rank):
     wanted = ModelFingerprint.of(model, names)
     model = sharded(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     gathered, most = weakref.WeakSet(), []
-    values = layers._values
+    values = weights.parameter_values
 
     def counted(*args):
         whole = values(*args)
@@ -160,7 +160,7 @@ def fingerprint_ranks(folder, rank):
         most.append(len(gathered))
         return whole
 
-    layers._values = counted
+    weights.parameter_values = counted
     assert ModelFingerprint.of(model, names) == wanted
     assert len(most) == 20 and max(most) == 1  # one parameter at a time
     collect(model, HALVES[rank])  # leaves the root's parameters gathered, in bfloat16

@@ -98,7 +98,7 @@ class Checkpoint:
             "held_prompts": sampler.held_prompts,
             "kind_tokens": sampler.kind_tokens,
             "options": self.options,
-            "fingerprint": {"model": self.fingerprint.model, "layers": self.fingerprint.layers},
+            "fingerprint": self.fingerprint.to_header(),
         }
         save_tensors(path, self.KIND, tensors, header)
 
@@ -108,7 +108,7 @@ class Checkpoint:
             raise ValueError(
                 f"{self._name()} was made with {header['options']}, this call has {self.options}; {self._advice()}"
             )
-        self.fingerprint.check(ModelFingerprint(**header["fingerprint"]), f"the statistics in {self._name()}")
+        self.fingerprint.check(ModelFingerprint.from_header(header["fingerprint"]), f"the statistics in {self._name()}")
         sampler = self.collector.sampler
         for i, (names, tokens, sink_tokens, first_batch, held_tokens) in enumerate(header["inputs"]):
             entry = InputStatistics.of(
