@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# ``self.name.weight``, but for assignments and questions about it.
+# ``self.name.weight`` as a whole, but for assignments and questions about it. Slices of it are tensor parallelism
+# simulated on request (Bloom), where the layer is not called and collection says so.
 _WEIGHT_READ = re.compile(
-    r"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!\s*=[^=])(?!\.(?:data\.)?(?:dtype|device|shape|size|ndim|dim|is_|_is_|requires_))"
+    r"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!\s*=[^=])(?!\[)(?!\.(?:data\.)?(?:dtype|device|shape|size|ndim|dim|is_|_is_|requires_))"
 )
 
 
