@@ -79,7 +79,8 @@ def null_space(
             of d, with the same answer: a C that has more than that, which the rule would see, is solved as a whole.
 
     Raises:
-        EmptyNullSpaceError: no dimension is left. ValueError: C is zero or not finite, or the rule is unknown.
+        EmptyNullSpaceError: no dimension is left. ValueError: C is zero, not finite or at the lower end of its
+            dtype's range, or the rule is unknown.
 
     Source: GuardSpace (arXiv 2510.14301), the harmful-resistant null space.
     """
@@ -88,6 +89,14 @@ def null_space(
         raise ValueError("the covariance holds non-finite values")
     if covariance.diagonal().sum() <= 0:
         raise ValueError("the covariance is zero: no token was counted")
+    largest, limits = float(covariance.diagonal().max()), torch.finfo(covariance.dtype)
+    if largest < limits.tiny / limits.eps:
+        raise ValueError(
+            f"the covariance underflows {covariance.dtype}: its largest diagonal entry is {largest:.1e}, and the small "
+            "ones were rounded away; collect the statistics in float64, or scale the inputs"
+        )
+    if rule != "paper" and not 1e-20 < largest < 1e20:
+        covariance = covariance.double() / largest  # these rules know no scale, but float32 has a range
     free_of = partial(free_dimensions, rule=rule, protect=protect, protect_dims=protect_dims)
     C = covariance.to(torch.float32 if rule == "energy" and d >= _WIDE else torch.float64)
     eigenvalues, E = _leading(C, tokens, free_of)
@@ -102,7 +111,7 @@ def null_space(
     if d - free > E.shape[1]:
         E = _completed(E)
     Q = E[:, E.shape[1] - (d - free) :]
-    outside = _directions_outside(sinks.to(C.dtype), Q)
+    outside = _directions_outside(_units(sinks).to(C.dtype), Q)
     added = outside.shape[1]
     if added >= free:
         raise EmptyNullSpaceError(
@@ -177,11 +186,18 @@ def free_dimensions(
     raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
 
 
+def _units(rows: torch.Tensor) -> torch.Tensor:
+    """Rows (n, d) of norm 1, or 0 for a zero one, in float64; their squares may lie outside of their dtype's range."""
+    if rows.numel() == 0:
+        return rows.double()
+    tiny = torch.finfo(torch.float64).tiny
+    rows = rows.double() / rows.abs().amax(dim=1, keepdim=True).double().clamp_min(tiny)
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(tiny)
+
+
 def _directions_outside(sinks: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis (d, m) of what the sinks add to span(Q)."""
-    norms = sinks.norm(dim=1, keepdim=True)
-    units = (sinks / norms.clamp_min(torch.finfo(torch.float64).tiny)).T
-    units = units - Q @ (Q.T @ units)
+    """An orthonormal basis (d, m) of what the sinks, of norm 1, add to span(Q)."""
+    units = sinks.T - Q @ (Q.T @ sinks.T)
     if units.shape[1] == 0:
         return units
     U, sigma, _ = torch.linalg.svd(units, full_matrices=False)

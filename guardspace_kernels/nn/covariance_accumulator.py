@@ -48,7 +48,12 @@ class CovarianceAccumulator(nn.Module):
         self.tokens += x.shape[:-1].numel() if mask is None else mask.bool().sum()
 
     def covariance(self) -> torch.Tensor:
-        """A full, symmetric copy of C (d, d)."""
+        """A full, symmetric copy of C (d, d). ValueError if it is not finite; here it waits for the device."""
+        if not torch.isfinite(self.lower.diagonal()).all():  # |C_ij|² <= C_ii C_jj: no other entry overflows before
+            raise ValueError(
+                f"the covariance is not finite: an input held NaN or infinity, or its squares overflow "
+                f"{self.lower.dtype}; mask such rows, or accumulate in float64"
+            )
         C = self.lower.clone()
         symmetrize_(C)
         return C

@@ -171,6 +171,35 @@ def test_unusable_covariances_and_rules():
         null_space(C, NO_SINKS, rule="rank")
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("scale", [1e-280, 1e-100, 1e-30, 1e30, 1e100, 1e300])
+@pytest.mark.parametrize("options", [{"protect": 0.9}, {"rule": "rank", "protect_dims": 6}])
+def test_a_covariance_in_float64_has_the_same_null_space_at_every_scale(options, scale, wide):
+    C = wide_covariance() if wide else power_law()[0]
+    sinks = torch.randn(2, len(C), dtype=torch.float64)
+    plain, scaled = null_space(C, sinks, **options), null_space(scale * C, scale * sinks, **options)
+    assert (scaled.protected, scaled.sink_directions) == (plain.protected, plain.sink_directions) and plain.protected
+    assert relative_error(projector_of(scaled), projector_of(plain)) < 1e-4
+    assert scaled.free_energy == pytest.approx(plain.free_energy, rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25, 1e37])
+def test_sinks_are_protected_at_every_scale_and_zero_ones_are_none(scale):
+    C, sinks = wide_covariance().float(), torch.randn(2, 300)
+    sinks = scale * sinks / sinks.abs().max()
+    space = null_space(C, torch.cat([sinks, torch.zeros(1, 300)]))
+    assert space.sink_directions == 2
+    assert float(((sinks / scale).double() @ projector_of(space)).norm()) < 1e-4
+
+
+def test_a_covariance_whose_small_entries_were_rounded_away_is_refused():
+    C = power_law()[0]
+    for dtype, scale in ((torch.float32, 1e-33), (torch.float64, 1e-300)):
+        with pytest.raises(ValueError, match=rf"underflows {dtype}: its largest .* collect the statistics in float64"):
+            null_space((scale * C).to(dtype), NO_SINKS)
+        null_space((1e10 * scale * C).to(dtype), NO_SINKS)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_one_non_finite_entry_is_found_wherever_it_is(value):
     for i in range(37 * 37):

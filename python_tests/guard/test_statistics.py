@@ -357,6 +357,16 @@ def test_non_finite_activations_name_layer_and_batch(value):
             collect(model, [batch_of(PROMPTS[:3]), batch_of([prompt])])
 
 
+@pytest.mark.parametrize("value, dtype", [(1e20, torch.float32), (1e200, torch.float64)])
+def test_activations_whose_squares_overflow_name_layer_and_batch(value, dtype):
+    model = PlainModel().to(dtype)
+    with torch.no_grad():
+        model.embed.weight[13] = value
+    for prompt in ([5, 13], [13, 5]):  # as any token, and as the first one, whose norm would be infinite
+        with pytest.raises(ValueError, match=rf"batch 1: the input of layer q holds .* \(or overflows {dtype}\)"):
+            collect(model, [batch_of(PROMPTS[:3]), batch_of([prompt])], dtype=dtype)
+
+
 def test_non_finite_padding_counts_for_nothing():
     model = PlainModel()
     clean = collect(model)

@@ -31,6 +31,30 @@ def test_every_batch_of_the_attached_layer_counts(dtype):
     assert torch.equal(C, C.T)
 
 
+@pytest.mark.parametrize(
+    "x, dtype",
+    [
+        (1e20 * torch.ones(2, D), torch.float32),
+        (1e200 * torch.ones(2, D, dtype=torch.float64), torch.float64),
+        (torch.full((2, D), torch.nan), torch.float32),
+        (torch.tensor([[0.0] * (D - 1) + [-torch.inf]]), torch.float64),
+    ],
+)
+def test_a_covariance_that_overflows_is_refused_when_it_is_read(x, dtype):
+    accumulator = CovarianceAccumulator(D, dtype)
+    accumulator.update(torch.randn(5, D))
+    accumulator.covariance()
+    accumulator.update(x)
+    with pytest.raises(ValueError, match=rf"the covariance is not finite: .* overflow {dtype}; mask such rows, or"):
+        accumulator.covariance()
+
+
+def test_float16_inputs_of_any_size_do_not_overflow():
+    accumulator, x = CovarianceAccumulator(D), torch.full((3000, D), 65504.0).half()
+    accumulator.update(x)
+    assert error(accumulator.covariance(), covariance(x)) < 1e-6
+
+
 def test_reading_the_covariance_does_not_change_it():
     accumulator = CovarianceAccumulator(D)
     x = torch.randn(5, D)

@@ -273,7 +273,7 @@ class Collector:
         if not self.inputs:
             return
         diagonals = torch.stack([i.accumulator.lower.diagonal().sum().cpu() for i in self.inputs])
-        sinks = torch.stack([sum((s.sum().cpu() for s in i.new_sinks), torch.zeros(())) for i in self.inputs])
+        sinks = torch.stack([sum((s.square().sum().cpu() for s in i.new_sinks), torch.zeros(())) for i in self.inputs])
         for mine, finite in zip(self.inputs, torch.isfinite(diagonals) & torch.isfinite(sinks), strict=True):
             if not finite:
                 raise ValueError(

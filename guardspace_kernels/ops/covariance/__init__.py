@@ -161,7 +161,8 @@ def covariance_update_(
     call :func:`symmetrize_` once before reading C as a whole. Products and sums are formed in the wider of the two
     dtypes and at least float32, whatever ``torch.set_float32_matmul_precision`` says. The op never waits for the
     device, so it does not look for non-finite values; rows with a zero mask contribute nothing even when they hold
-    NaN or Inf.
+    NaN or Inf. Sums that overflow, from entries of 1e19 on in float32 and of 1e154 in float64, become infinite and stay
+    so; the diagonal tells, and whoever reads C must look, as :meth:`CovarianceAccumulator.covariance` does.
 
     Args:
         covariance: (d, d), float32 or float64; written in place. Or a list of them, of any widths, that do not overlap:
