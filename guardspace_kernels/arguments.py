@@ -66,6 +66,12 @@ def instance(name: str, value: Any, kind: type | tuple[type, ...], wanted: str) 
         raise TypeError(f"{name} must be {wanted}, got {shown(value)}")
 
 
+def iterable(name: str, value: Any, wanted: str) -> None:
+    """TypeError unless it can be gone through and is no text."""
+    if isinstance(value, (str, bytes, type)) or not hasattr(value, "__iter__"):
+        raise TypeError(f"{name} must be {wanted}, got {shown(value)}")
+
+
 def path(name: str, value: Any) -> str:
     """TypeError unless it is a text or ``os.PathLike``; ValueError if it is empty."""
     text = os.fspath(value) if isinstance(value, os.PathLike) else value

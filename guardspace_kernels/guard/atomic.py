@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from guardspace_kernels.arguments import path as checked_path
+
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Calls ``write`` with a new open file, then gives it the name ``path``; creates missing parent folders.
@@ -23,7 +25,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     Raises:
         IsADirectoryError: ``path`` is a folder. OSError: no space or no permission, with the path in its message.
     """
-    with staged(path) as new:
+    with staged(checked_path("path", path)) as new:
         write(new.file)
         new.flush()
         new.rename()

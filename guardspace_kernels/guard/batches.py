@@ -29,6 +29,8 @@ def checked_mask(batch: Batch, index: int) -> torch.Tensor:
             raise TypeError(
                 f"batch {index}: {name} must be a tensor, got {type(value).__name__}; tokenize with return_tensors='pt'"
             )
+    if ids is not None and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise TypeError(f"batch {index}: input_ids must be integers, got {ids.dtype} of shape {tuple(ids.shape)}")
     if mask is None:
         if ids is None:
             raise ValueError(f"batch {index} needs input_ids or an attention_mask; it has {sorted(batch)}")
@@ -39,6 +41,10 @@ def checked_mask(batch: Batch, index: int) -> torch.Tensor:
         raise ValueError(
             f"batch {index}: attention_mask {tuple(mask.shape)} and input_ids {tuple(ids.shape)} differ in shape"
         )
+    if not len(mask):
+        raise ValueError(f"batch {index} holds no prompt, its shape is {tuple(mask.shape)}: leave it out")
+    if not ((mask == 0) | (mask == 1)).all():  # additive masks, or numbers of packed prompts
+        raise ValueError(f"batch {index}: attention_mask must hold 1 at real tokens and 0 at padding, nothing else")
     mask = mask.bool()
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from guardspace_kernels.arguments import instance, integer, iterable, number
 from guardspace_kernels.guard.atomic import write_text
 from guardspace_kernels.guard.batches import (
     Batch,
@@ -250,6 +251,13 @@ def certify(
 
     Source: GuardSpace's null-space condition (arXiv 2510.14301), turned into a number.
     """
+    instance("model", model, nn.Module, "a torch.nn.Module")
+    instance("stats", stats, CalibrationStatistics, "a CalibrationStatistics")
+    if heldout is not None:
+        iterable("heldout", heldout, "a list, or another iterable, of batches")
+    answer_tokens = integer("answer_tokens", answer_tokens, 1)
+    if max_drift is not None:
+        max_drift = number("max_drift", max_drift, "a number of 0 or more", lambda x: x >= 0)
     layers, model = adapted_layers(model), peft_model(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapted layer; nothing to certify")

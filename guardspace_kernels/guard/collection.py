@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from guardspace_kernels.arguments import boolean, instance, integer, iterable, shown, writable_file
 from guardspace_kernels.guard.batches import (
     Batch,
     check_answerable,
@@ -158,14 +159,19 @@ def collect_statistics(
 
     Source: GuardSpace (arXiv 2510.14301), the covariances of its sections on both subspaces.
     """
+    instance("model", model, nn.Module, "a torch.nn.Module")
+    iterable("batches", batches, "a list, or another iterable, of batches")
+    answer_tokens = integer("answer_tokens", answer_tokens, 0)
+    separate_sink, progress = boolean("separate_sink", separate_sink), boolean("progress", progress)
     if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"dtype must be float32 or float64, got {dtype}")
-    if answer_tokens < 0:
-        raise ValueError(f"answer_tokens must be 0 or more, got {answer_tokens}")
-    if checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every must be 1 or more, got {checkpoint_every}")
+        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {shown(dtype)}")
+    checkpoint_every = integer("checkpoint_every", checkpoint_every, 1)
+    parse_bytes("max_memory", max_memory)
     model = unwrapped(model)
     lockstep = Lockstep(model)
+    if checkpoint is not None:
+        with lockstep.step():
+            checkpoint = writable_file("checkpoint", checkpoint)
     layers = find_layers(model, target_modules)
     if max_memory is not None or lockstep.sharded:
         batches = _check_all(model, batches, answer_tokens, lockstep)

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from guardspace_kernels.arguments import instance, shown, writable_folder
 from guardspace_kernels.guard.adapter_folder import ADAPTER_CONFIG, write_adapter
 from guardspace_kernels.guard.atomic import write_text
 from guardspace_kernels.guard.certificate import adapted_layers, check_statistics, relative_drift
 from guardspace_kernels.guard.layers import adapted_base, named_submodules
+from guardspace_kernels.guard.statistics import CalibrationStatistics
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-    from guardspace_kernels.guard.statistics import CalibrationStatistics
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,12 @@ def plain_lora(
     """(weights, configuration, report) of :func:`export_lora`, for that path; writes nothing."""
     from peft import LoraConfig
 
+    instance("model", model, nn.Module, "a torch.nn.Module")
+    path = writable_folder("path", path)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {shown(dtype)}")
+    if stats is not None:
+        instance("stats", stats, CalibrationStatistics, "a CalibrationStatistics or None")
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no guarded layer; nothing to export")

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import torch
 
+from guardspace_kernels.arguments import path as checked_path
 from guardspace_kernels.guard import forms
 from guardspace_kernels.guard.atomic import write_atomic
 
@@ -60,8 +61,10 @@ class _Source:
     """A file through one descriptor: it may be renamed, replaced or deleted meanwhile."""
 
     def __init__(self, path: str | os.PathLike[str], expected: str) -> None:
-        self.path = os.fspath(path)
-        if not os.path.isfile(path):
+        self.path = checked_path("path", path)
+        if os.path.isdir(path):
+            raise IsADirectoryError(f"{self.path} is a folder ({expected} was expected)")
+        if not os.path.exists(path):
             raise FileNotFoundError(f"{self.path} does not exist ({expected} was expected)")
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # open as long as a tensor of it is wanted
         self.size = os.fstat(self._file.fileno()).st_size

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from guardspace_kernels.arguments import boolean, instance, integer, iterable
 from guardspace_kernels.guard.atomic import write_text
 from guardspace_kernels.guard.null_space import free_dimensions
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
@@ -159,7 +160,15 @@ def inspect_statistics(
 
     Source: the energy rule of :func:`guardspace_kernels.guard.null_space.null_space`.
     """
+    if not isinstance(stats, CalibrationStatistics):
+        iterable("stats", stats, "a CalibrationStatistics or a list of them")
     parts = [stats] if isinstance(stats, CalibrationStatistics) else list(stats)
+    for part in parts:
+        instance("stats", part, CalibrationStatistics, "a CalibrationStatistics or a list of them")
+    for name, other in (("task", task), ("heldout", heldout)):
+        instance(name, other, (CalibrationStatistics, type(None)), "a CalibrationStatistics or None")
+    integer("rank", rank, 1)
+    boolean("progress", progress)
     if not parts or not parts[0].inputs:
         raise ValueError("stats holds no inputs; collect them first")
     merged = [parts[0]]

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from guardspace_kernels.arguments import instance, iterable
+
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # ``self.name.weight`` as a whole, but for assignments and questions about it. Slices of it are tensor parallelism
 # simulated on request (Bloom), where the layer is not called and collection says so.
@@ -142,6 +144,13 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-lin
             weight without calling it, or the target includes experts in one parameter (E, ...).
         ValueError: nothing matches, or an entry of the list matches nothing.
     """
+    instance("model", model, nn.Module, "a torch.nn.Module")
+    if not isinstance(target_modules, str):
+        form = 'a text such as "all-linear", or a list of names'
+        iterable("target_modules", target_modules, form)
+        target_modules = list(target_modules)
+        for one in target_modules:
+            instance("target_modules", one, str, f"{form}, each a text")
     linear = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)
     }
@@ -163,6 +172,11 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-lin
         raise TypeError(
             f"model already carries adapters (found {adapted[0]}); pass the base model, before attach_guard or PEFT"
         )
+    if isinstance(target_modules, str):
+        try:
+            re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(f"target_modules={target_modules!r} is no regular expression: {error}") from error
     for name, parameter in _fused_experts(model):
         if _names(target_modules, name, linear):
             raise TypeError(

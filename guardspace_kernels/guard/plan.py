@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import os
 from dataclasses import dataclass, field
 
 import torch
 
+from guardspace_kernels.arguments import boolean, choice, integer, number
 from guardspace_kernels.guard.files import load_tensors, save_tensors
 from guardspace_kernels.guard.fingerprint import ModelFingerprint
 from guardspace_kernels.guard.null_space import RULES, NullSpace
@@ -50,24 +50,25 @@ class GuardConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be a positive integer, got {self.rank!r}")
-        if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"alpha must be positive, got {self.alpha!r}")
-        if not 0.0 < self.protect <= 1.0:
-            raise ValueError(f"protect must be a share in (0, 1], such as 0.99, got {self.protect!r}")
-        if self.rule not in RULES:
-            raise ValueError(f"rule must be one of {RULES}, got {self.rule!r}")
+        share = "a share in (0, 1], such as 0.99"
+        checked = {
+            "rank": integer("rank", self.rank, 1),
+            "protect": number("protect", self.protect, share, lambda x: 0 < x <= 1),
+            "rule": choice("rule", self.rule, RULES),
+            "init": choice("init", self.init, INITS),
+            "projector": boolean("projector", self.projector),
+            "damping": number("damping", self.damping, "0 or more", lambda x: x >= 0),
+            "dropout": number("dropout", self.dropout, "in [0, 1)", lambda x: 0 <= x < 1),
+            "seed": integer("seed", self.seed),
+        }
+        if self.alpha is not None:
+            checked["alpha"] = number("alpha", self.alpha, "positive", lambda x: x > 0)
         if (self.rule == "rank") != (self.protect_dims is not None):
             raise ValueError('protect_dims must be given with rule="rank", and only with it')
-        if self.protect_dims is not None and self.protect_dims < 0:
-            raise ValueError(f"protect_dims must be 0 or more, got {self.protect_dims}")
-        if self.init not in INITS:
-            raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
-        if not (self.damping >= 0 and math.isfinite(self.damping)):
-            raise ValueError(f"damping must be 0 or more, got {self.damping}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.protect_dims is not None:
+            checked["protect_dims"] = integer("protect_dims", self.protect_dims, 0)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # as plain Python: what is saved has the same hash when it is read
 
     @property
     def scale(self) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from guardspace_kernels.arguments import boolean, instance
 from guardspace_kernels.guard.layers import (
     find_layers,
     is_sharded,
@@ -121,6 +122,10 @@ def plan_guard(
 
     Source: GuardSpace (arXiv 2510.14301).
     """
+    instance("model", model, nn.Module, "a torch.nn.Module")
+    instance("stats", stats, CalibrationStatistics, "a CalibrationStatistics")
+    instance("config", config, (GuardConfig, type(None)), "a GuardConfig or None")
+    progress = boolean("progress", progress)
     config, model = config or GuardConfig(), unwrapped(model)
     if is_sharded(model):
         raise TypeError(

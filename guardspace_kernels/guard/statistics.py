@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from guardspace_kernels.arguments import instance
 from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tensors
 from guardspace_kernels.guard.fingerprint import ModelFingerprint
 from guardspace_kernels.guard.sampling import Sample
@@ -159,6 +160,7 @@ class CalibrationStatistics:
 
         ValueError unless both are of the same model and layers.
         """
+        instance("other", other, CalibrationStatistics, "a CalibrationStatistics")
         self.fingerprint.check(other.fingerprint, "the statistics to merge")
         if [e.layers for e in self.inputs] != [e.layers for e in other.inputs]:
             raise ValueError("the statistics to merge cover other layers, or group them otherwise")

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from guardspace_kernels.arguments import choice, instance
 from guardspace_kernels.guard.adapter_folder import ADAPTER_WEIGHTS, GUARD_FILE, read_adapter, write_adapter
 from guardspace_kernels.guard.attach import layer_guards
 from guardspace_kernels.guard.export import peft_key, plain_lora, target_modules
@@ -175,8 +176,12 @@ def attach_guard(
 
     Source: GuardSpace (arXiv 2510.14301).
     """
-    if residual not in RESIDUALS:
-        raise ValueError(f"residual must be one of {RESIDUALS}, got {residual!r}")
+    instance("model", model, nn.Module, "a torch.nn.Module")
+    instance("plan", plan, GuardPlan, "a GuardPlan")
+    choice("residual", residual, RESIDUALS)
+    instance("adapter_name", adapter_name, str, "a text")
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name must be a name without a dot, got {adapter_name!r}")
     model = unwrapped(model)
     guards = dict(layer_guards(model, plan))
     modules = {name: model.get_submodule(name) for name in guards}

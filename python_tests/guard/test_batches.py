@@ -37,3 +37,18 @@ def test_heldout_prompts_of_a_certificate_are_checked_with_their_answers():
     guarded = perturb(gk.attach_guard(model, plan_for(model, stats)))
     with pytest.raises(ValueError, match="batch 0: prompt 1 has 65 tokens with 5 of its answer"):
         gk.certify(guarded, stats, [batch_of(LONG)], answer_tokens=5)
+
+
+def test_masks_are_of_ones_and_zeros():
+    ids = torch.ones(1, 3, dtype=torch.long)
+    assert collect(tiny_gpt2(), [{"input_ids": ids, "attention_mask": torch.ones(1, 3)}]).prompts == 1
+    for mask in (
+        torch.zeros(1, 3),
+        torch.tensor([[1, 1, 2]]),
+        torch.tensor([[0.0, float("-inf"), 0.0]]),
+        ids * torch.nan,
+    ):
+        with pytest.raises(
+            ValueError, match=r"batch 0: .*(must hold 1 at real tokens and 0 at padding|is all padding)"
+        ):
+            collect(tiny_gpt2(), [{"input_ids": ids, "attention_mask": mask}])

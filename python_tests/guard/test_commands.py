@@ -121,7 +121,7 @@ def test_a_dry_run_estimates_and_loads_no_weights(folder, capsys, monkeypatch):
         (["collect", "model", "prompts.txt", "--out", "x", "--target-modules", "nope"], "matches no Linear"),
         (["collect", "no.gguf", "prompts.txt", "--out", "x"], "no.gguf does not exist"),
         (["plan", "model", "prompts.txt", "--out", "x"], "is not a readable safetensors file"),
-        (["plan", "model", "stats", "--out", "x", "--rank", "0"], "rank must be a positive integer"),
+        (["plan", "model", "stats", "--out", "x", "--rank", "0"], "rank must be 1 or more, got 0"),
         (["plan", "model", "stats", "--out", "x", "--protect", "99"], "protect must be a share in"),
         (["certify", "model", "prompts.txt", "stats"], "holds no adapter_config.json"),
         (["certify", "model", "lora", "stats", "--plan", "plan"], "not a folder saved by a guarded model"),

@@ -383,7 +383,8 @@ PADDED = torch.tensor([[1, 1, 0], [0, 0, 0]])
     "batches, error, match",
     [
         ([], ValueError, "batches is empty"),
-        ([{"input_ids": IDS[:0]}], ValueError, "batches is empty"),
+        ([{"input_ids": IDS[:0]}], ValueError, "batch 0 holds no prompt"),
+        ([{"input_ids": IDS.float()}], TypeError, "batch 0: input_ids must be integers, got torch.float32"),
         ([{"input_ids": IDS, "attention_mask": PADDED}], ValueError, "batch 0: prompt 1 is all padding"),
         ([batch_of(), {"input_ids": IDS[:, :0]}], ValueError, "batch 1: prompt 0 is all padding"),
         ([{"input_ids": IDS, "attention_mask": IDS[:, :2]}], ValueError, r"mask \(2, 2\) and input_ids \(2, 3\)"),
@@ -399,7 +400,7 @@ def test_unusable_batches(batches, error, match):
 
 
 def test_unusable_arguments():
-    with pytest.raises(TypeError, match=r"dtype must be float32 or float64, got torch\.float16"):
+    with pytest.raises(TypeError, match=r"dtype must be torch\.float32 or torch\.float64, got torch\.float16"):
         collect(PlainModel(), dtype=torch.float16)
     with pytest.raises(ValueError, match="matches no Linear or Conv1D layer"):
         collect(PlainModel(), target_modules=["query"])
