@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from guardspace_kernels.guard.layers import find_layers
+from guardspace_kernels.guard.layers import find_layers, is_conv1d
 from guardspace_kernels.guard.plan import GuardPlan
 
 
@@ -17,6 +21,8 @@ class LayerGuard:
     """One layer's share of a plan: ``ΔW = s (B A − B₀A₀) P`` starts from A = A₀P, B = B₀.
 
     A0 (r, d_in), B0 (d_out, r), basis (d_in, k) or None, float32. ``frozen``: whether B₀A₀ is taken off the weight.
+    ``own_forward``: the layer's class computes otherwise than ``nn.Linear`` or ``Conv1D``. ``shared``: another module
+    that has the same weight, or "".
     """
 
     A0: torch.Tensor
@@ -24,25 +30,127 @@ class LayerGuard:
     basis: torch.Tensor | None
     complement: bool
     frozen: bool
+    own_forward: bool = False
+    shared: str = ""
 
 
-def layer_guards(model: nn.Module, plan: GuardPlan) -> Iterator[tuple[str, LayerGuard]]:
+def layer_guards(model: nn.Module, plan: GuardPlan, residual: str = "virtual") -> Iterator[tuple[str, LayerGuard]]:
     """(name, guard) of every layer of the plan; layers that read the same tensor get the same basis object.
 
     Raises:
-        TypeError: the model carries adapters already. ValueError: the plan is of another model.
+        TypeError: the model carries adapters already. ValueError: the plan is of another model, or a weight cannot hold
+            W_res where ``residual`` is "frozen".
     """
-    names = list(find_layers(model, list(plan.layers)))
-    plan.model.check_model(model, names, "the plan's statistics")
-    for name in names:
+    layers = find_layers(model, list(plan.layers))
+    plan.model.check_model(model, list(layers), "the plan's statistics")
+    sharing = shared_weights(model, layers)
+    for name, module in layers.items():
         layer, space = plan.layers[name], plan.space_of(name)
-        yield (
-            name,
-            LayerGuard(
-                layer.A0,
-                layer.B0,
-                None if space is None else space.basis,
-                space is None or space.complement,
-                plan.has_frozen,
-            ),
+        guard = LayerGuard(
+            layer.A0,
+            layer.B0,
+            None if space is None else space.basis,
+            space is None or space.complement,
+            plan.has_frozen,
+            own_forward=type(module).forward not in _plain_forwards(module),
+            shared=sharing.get(name, ""),
         )
+        if residual == "frozen" and plan.has_frozen:
+            _check_holds_residual(name, module, guard)
+        yield name, guard
+
+
+def _plain_forwards(module: nn.Module) -> tuple[Any, ...]:
+    if not is_conv1d(module):
+        return (nn.Linear.forward,)
+    from transformers.pytorch_utils import Conv1D
+
+    return (Conv1D.forward,)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs before, after or instead of the module's own forward or backward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def computes_weight(module: nn.Module) -> bool:
+    """Whether the weight is not a parameter but a function of others (``torch.nn.utils.parametrize``)."""
+    return is_parametrized(module, "weight") or not isinstance(module.weight, nn.Parameter)
+
+
+def _check_holds_residual(name: str, module: nn.Module, guard: LayerGuard) -> None:
+    if module.weight.is_meta:
+        reason = "is offloaded"
+    elif guard.shared:
+        reason = f"is also that of {guard.shared}, which would read W_res too"
+    elif computes_weight(module):
+        reason = "is computed from other parameters"
+    elif guard.own_forward or has_hooks(module):
+        reason = f"is read by a forward or hooks of {type(module).__name__}'s own, which would see W_res"
+    else:
+        return
+    raise ValueError(
+        f'layer {name}: residual="frozen" would write into its weight, which {reason}; attach with residual="virtual"'
+    )
+
+
+def shared_weights(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
+    """Layer -> what else reads the memory of its weight: a tied parameter, or the same module under a second name."""
+    holders: dict[Any, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(_memory(parameter), []).append(f"{name}.{key}".lstrip("."))
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    shared = {}
+    for name, module in layers.items():
+        others = [other for other in holders.get(_memory(module.weight), ()) if other != f"{name}.weight"]
+        if others:
+            shared[name] = others[0]
+        elif places[id(module)] > 1:
+            shared[name] = "the same module under another name"
+    return shared
+
+
+def _memory(parameter: Any) -> Any:
+    plain = type(parameter) is nn.Parameter and not parameter.is_meta
+    return (parameter.device, parameter.data_ptr()) if plain else id(parameter)
+
+
+def compute_device(module: Any) -> torch.device:
+    """Where a layer computes: where its weight is, or where accelerate loads an offloaded one to."""
+    if not module.weight.is_meta:
+        return torch.device(module.weight.device)
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    raise ValueError("the weight is on the meta device and no hook of the layer's own loads it; load the model first")
+
+
+@contextmanager
+def undone_on_failure(model: nn.Module) -> Iterator[None]:
+    """Gives the model back as it was if the context raises: its modules, weights, attributes and trainable flags."""
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    holders = [holder for holder in (model, getattr(model, "config", None)) if hasattr(holder, "__dict__")]
+    attributes = [(vars(holder), dict(vars(holder))) for holder in holders]
+    try:
+        yield
+    except BaseException:
+        wrapped: list[Any] = [module for module in model.modules() if getattr(module, "guarded", False)]
+        for module in wrapped:
+            module.unload_and_optionally_merge_module(False, False, None)
+        for now, before in (*attributes, *((module._modules, own) for module, own in children)):
+            now.clear()
+            now.update(before)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        raise

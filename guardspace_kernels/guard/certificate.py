@@ -297,8 +297,12 @@ def check_statistics(model: nn.Module, layers: dict[str, AdaptedLayer], stats: C
     mine = stats.fingerprint.restricted(layers)
     found = mine.differences(ModelFingerprint.of(model, list(layers), version=mine.version, adapted=True))
     for name, layer in layers.items():
-        if getattr(layer.module, "weight_is_residual", False):
-            found.pop(f"{name}.weight", None)  # the base weight is gone but for rounding: the plan remembers it
+        module: Any = layer.module
+        if getattr(module, "weight_is_residual", False):
+            # The layer holds W_res, and keeps W, which attach_guard compared with the plan's.
+            found.pop(f"{name}.weight", None)
+            if residual := module.residual_difference():
+                found[f"{name}.weight"] = residual
         difference = found.get(f"{name}.weight", "")
         if difference and not difference.startswith("rounded"):
             raise ValueError(

@@ -7,21 +7,58 @@ import warnings
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftModelForCausalLM
+from peft import LoraConfig, LoraModel, PeftModel, PeftModelForCausalLM
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from guardspace_kernels.arguments import choice, instance
 from guardspace_kernels.guard.adapter_folder import ADAPTER_WEIGHTS, GUARD_FILE, read_adapter, write_adapter
-from guardspace_kernels.guard.attach import layer_guards
+from guardspace_kernels.guard.attach import LayerGuard, compute_device, layer_guards, undone_on_failure
 from guardspace_kernels.guard.export import peft_key, plain_lora, target_modules
 from guardspace_kernels.guard.layers import is_conv1d, named_submodules, unwrapped
 from guardspace_kernels.guard.plan import GuardPlan
-from guardspace_kernels.integrations.peft_layer import LEAK_TOLERANCE, GuardedLinear, agree, second_adapter
+from guardspace_kernels.integrations.peft_layer import LEAK_TOLERANCE, GuardedLinear, kept_adapter, second_adapter
+from guardspace_kernels.integrations.peft_state import (
+    agree,
+    check_factors,
+    check_keys,
+    check_model_state,
+    from_plain_lora,
+    to_plain_lora,
+)
 from guardspace_kernels.nn import NullSpaceProjector
 from guardspace_kernels.nn.projected_lora_linear import delta_factors
 
 RESIDUALS = ("virtual", "frozen")
+
+
+class GuardedLoraModel(LoraModel):
+    """The ``base_model`` of a guarded PeftModel."""
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        raise kept_adapter()
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        raise second_adapter(adapter_name)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name, layer in guarded_layers(self.model).items():
+            try:
+                layer.check_mergeable()
+            except ValueError as error:
+                raise ValueError(f"layer {name}: {error}") from error
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any) -> None:
+        check_model_state(self, state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def guarded_layers(base: nn.Module) -> dict[str, GuardedLinear]:
+    """Name in the base model -> layer."""
+    return {name: m for name, m in named_submodules(base) if isinstance(m, GuardedLinear)}
 
 
 class GuardedModelMixin:
@@ -31,8 +68,7 @@ class GuardedModelMixin:
 
     def guarded_layers(self) -> dict[str, GuardedLinear]:
         """Name in the base model -> layer."""
-        base = self.get_base_model()  # type: ignore[attr-defined]
-        return {name: m for name, m in named_submodules(base) if isinstance(m, GuardedLinear)}
+        return guarded_layers(self.get_base_model())  # type: ignore[attr-defined]
 
     def save_pretrained(
         self,
@@ -78,6 +114,9 @@ class GuardedModelMixin:
                 f"{os.fspath(model_id)} was saved under another plan; attach the plan it was trained with (plan.save)"
             )
         layers, factors = self.guarded_layers(), saved.factors
+        merged = [name for name, layer in layers.items() if layer.merged]
+        if merged:
+            raise ValueError(f"layer {merged[0]}: its adapter is merged; unmerge before loading another")
         for name, layer in layers.items():
             self._check_saved(name, layer, factors, saved.exported)
         if saved.altered:
@@ -108,14 +147,15 @@ class GuardedModelMixin:
         if missing or (exported is not None and any(key not in exported for key in plain.values())):
             raise ValueError(f"layer {name}: the saved adapter does not cover it")
         A, B, device = tensors[wanted["A"]], tensors[wanted["B"]], layer.A.device
-        if A.shape != layer.A.shape or not torch.isfinite(A).all():
+        if A.shape != layer.shapes[0] or not torch.isfinite(A).all():
             raise ValueError(f"layer {name}: the saved A has shape {tuple(A.shape)} or non-finite values")
         if exported is None:
             A_P = A.to(device, copy=True)
-            layer.load_factors(A_P if layer.projector is None else layer.projector.project_(A_P), B, f"layer {name}")
+            A_P = A_P if layer.projector is None else layer.projector.project_(A_P)
+            check_factors(layer, A_P, B, f"layer {name}")
             return
         A_P, scaled_B = exported[plain["A"]], exported[plain["B"]]
-        layer.load_factors(A_P[: layer.A.shape[0]] if A_P.dim() else A_P, B, f"layer {name}")
+        check_factors(layer, A_P[: layer.shapes[0][0]] if A_P.dim() else A_P, B, f"layer {name}")
         F, G = delta_factors(
             A.to(device), B.to(device), layer.projector, layer.scale, layer.frozen_A, layer.frozen_B
         )  # fmt: skip
@@ -127,7 +167,7 @@ class GuardedModelMixin:
         raise second_adapter(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        raise ValueError("a guarded model keeps its only adapter; model.unload() returns the base model without it")
+        raise kept_adapter()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -136,11 +176,26 @@ class GuardedModelMixin:
             "To use a saved adapter without training on, peft.PeftModel.from_pretrained(model, folder) gives the same"
         )
 
-    def unload(self) -> nn.Module:
-        """The base model without the adapter, its weights restored where ``residual="frozen"`` changed them."""
-        for layer in self.guarded_layers().values():
-            layer.restore_base()
-        return self.base_model.unload()  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As of any module, but a state that is refused changes nothing."""
+        if strict:
+            check_keys(self, state_dict)  # type: ignore[arg-type]
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
+
+    @property
+    def peft_config(self) -> Any:
+        return super().peft_config  # type: ignore[misc]
+
+    @peft_config.setter
+    def peft_config(self, value: Any) -> None:
+        # The last thing that PEFT does when it puts other adapters into this model, or on top of it.
+        for parent in list(self.modules()):  # type: ignore[attr-defined]
+            for name, child in parent._modules.items():
+                if isinstance(child, BaseTunerLayer) and not isinstance(child, GuardedLinear):
+                    parent._modules[name] = child.base_layer
+                elif isinstance(child, AuxiliaryTrainingWrapper):
+                    parent._modules[name] = child.original_module
+        raise second_adapter(", ".join(value))
 
 
 class GuardedPeftModel(GuardedModelMixin, PeftModel):
@@ -183,9 +238,8 @@ def attach_guard(
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name must be a name without a dot, got {adapter_name!r}")
     model = unwrapped(model)
-    guards = dict(layer_guards(model, plan))
+    guards = dict(layer_guards(model, plan, residual))
     modules = {name: model.get_submodule(name) for name in guards}
-    transposed = any(is_conv1d(module) for module in modules.values())
     causal = hasattr(model, "prepare_inputs_for_generation")
     config = LoraConfig(
         r=plan.config.rank,
@@ -193,24 +247,38 @@ def attach_guard(
         target_modules=target_modules(model, list(guards)),
         lora_dropout=plan.config.dropout,
         init_lora_weights=False,
-        fan_in_fan_out=transposed,
+        fan_in_fan_out=any(is_conv1d(module) for module in modules.values()),
         task_type="CAUSAL_LM" if causal else None,
     )
     config._register_custom_module({type(module): GuardedLinear for module in modules.values()})
     cls = GuardedPeftModelForCausalLM if causal else GuardedPeftModel
-    guarded = cls(model, config, adapter_name=adapter_name)
-    guarded.guard_plan = plan
-    projectors: dict[int, NullSpaceProjector] = {}
-    layers = guarded.guarded_layers()
+    with undone_on_failure(model):
+        guarded = cls(model, config, adapter_name=adapter_name)
+        guarded.base_model.__class__ = GuardedLoraModel
+        guarded.guard_plan = plan
+        _install(guarded.guarded_layers(), guards, adapter_name, residual)
+    config.alpha_pattern = {_NO_HOTSWAP: config.lora_alpha}
+    return guarded
+
+
+# Names no layer. PEFT's hotswap_adapter, which would copy any adapter over A and B, asks whether the two patterns are
+# equal before it begins, and prints them.
+_NO_HOTSWAP = "a guarded model takes no other adapter: use its load_adapter"
+
+
+def _install(layers: dict[str, GuardedLinear], guards: dict[str, LayerGuard], adapter_name: str, residual: str) -> None:
     if set(layers) != set(guards):
         raise ValueError(f"PEFT adapted other layers than planned: {sorted(set(layers) ^ set(guards))[:3]}")
+    projectors: dict[Any, NullSpaceProjector] = {}
     for name, guard in guards.items():
         projector = None
         if guard.basis is not None:
             # One module for all layers that read the same tensor, so that moving the model keeps one basis.
-            device = layers[name].get_base_layer().weight.device
+            device = compute_device(layers[name].get_base_layer())
             projector = projectors.setdefault(
-                id(guard.basis), NullSpaceProjector(guard.basis.to(device), guard.complement, persistent=False)
+                (id(guard.basis), device),
+                NullSpaceProjector(guard.basis.to(device), guard.complement, persistent=False),
             )
         layers[name].install_guard(adapter_name, guard, projector, residual)
-    return guarded
+        layers[name].register_state_dict_post_hook(to_plain_lora)
+        layers[name].register_load_state_dict_pre_hook(from_plain_lora)

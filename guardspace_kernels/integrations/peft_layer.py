@@ -5,50 +5,76 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from guardspace_kernels.guard.attach import LayerGuard
-from guardspace_kernels.guard.layers import is_conv1d, linear_weight
+from guardspace_kernels.guard.attach import LayerGuard, compute_device, computes_weight, has_hooks
+from guardspace_kernels.guard.fingerprint import TensorMark
+from guardspace_kernels.guard.layers import is_conv1d, linear_weight, parameter_values
 from guardspace_kernels.nn import NullSpaceProjector
-from guardspace_kernels.nn.projected_lora_linear import delta_factors
+from guardspace_kernels.nn.projected_lora_linear import delta_factors, merged_weight
 from guardspace_kernels.ops import projected_lora
+
+# What rounding A P to its dtype leaves outside the null space, with a wide margin.
+LEAK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 class GuardedLinear(LoraLinear):
     """PEFT's LoRA layer with the adapter confined to the null space: ``ΔW = s (B A − B₀A₀) P``.
 
     ``lora_A`` and ``lora_B`` keep PEFT's names. ``A P`` is formed in every forward (*forward* mode), unless
-    :func:`guardspace_kernels.guard_optimizer` keeps ``A = A P`` itself (*step* mode). The layer's state dict is that
-    of the equivalent plain LoRA of rank 2r, ``lora_A = [A P; A₀P]`` and ``lora_B = [B, −B₀]`` at the same scaling:
-    what is taken out of the model means the same in plain PEFT, and a dict that does not is refused on loading.
+    :func:`guardspace_kernels.guard_optimizer` keeps ``A = A P`` itself (*step* mode). Where the base layer is not a
+    plain linear layer without hooks, the layer calls it and adds ``s·x (A P)ᵀ Bᵀ − s·x (A₀P)ᵀ B₀ᵀ``.
+
+    The layer's state dict is that of the equivalent plain LoRA of rank 2r beside the base weight W, ``lora_A = [A P;
+    A₀P]`` and ``lora_B = [B, −B₀]`` at the same scaling: what is taken out of the model means the same in plain PEFT,
+    and a dict that does not is refused on loading.
+
+    Base weights come back bit for bit: ``merge`` keeps the weight that it overwrites until ``unmerge``, and
+    ``residual="frozen"`` keeps W, each a copy in host memory.
     """
 
     adapter: str
     projector: NullSpaceProjector | None
     frozen_A: torch.Tensor | None
     frozen_B: torch.Tensor | None
+    #: What ``merge`` and ``residual="frozen"`` overwrote, in host memory.
+    _unmerged: torch.Tensor | None = None
+    _base_weight: torch.Tensor | None = None
 
     def install_guard(
         self, adapter: str, guard: LayerGuard, projector: NullSpaceProjector | None, residual: str
     ) -> None:
         """Sets the adapter to its start and confines it; called once by :func:`attach_guard`."""
+        base = self.get_base_layer()
+        for factor, start in ((self.lora_A[adapter], guard.A0), (self.lora_B[adapter], guard.B0)):
+            factor.to_empty(device=compute_device(base))  # PEFT puts it on the meta device beside an offloaded weight
+            with torch.no_grad():
+                factor.weight.copy_(start)
         A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        with torch.no_grad():
-            A.copy_(guard.A0)
-            B.copy_(guard.B0)
         self.adapter = adapter
+        self.guard = guard
         # PEFT gives every layer the configuration's value, whichever of Linear and Conv1D it is.
-        self.fan_in_fan_out = is_conv1d(self.get_base_layer())
+        self.fan_in_fan_out = is_conv1d(base)
         self.projector = projector
         self.step_mode = False
+        self.shapes = A.shape, B.shape
+        self.calls_base = guard.own_forward
         self.weight_is_residual = guard.frozen and residual == "frozen"
         self.register_buffer("frozen_A", A.detach().clone() if guard.frozen else None, persistent=False)
         self.register_buffer("frozen_B", B.detach().clone() if guard.frozen else None, persistent=False)
         if self.weight_is_residual:
-            self._add_frozen_to_weight(-1.0)
-        self.register_state_dict_post_hook(_to_plain_lora)
-        self.register_load_state_dict_pre_hook(_from_plain_lora)
+            self._install_residual()
+
+    @torch.no_grad()
+    def _install_residual(self) -> None:
+        self._frozen_scale = float(self.scaling[self.adapter])
+        weight = self.get_base_layer().weight
+        self._base_weight = weight.detach().to("cpu", copy=True)
+        weight.copy_(weight - self._oriented(self._frozen_delta()))
+        self._residual_mark = TensorMark.of(weight)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -63,6 +89,15 @@ class GuardedLinear(LoraLinear):
         if self.guarded:
             raise second_adapter(adapter_name)
         super().update_layer(adapter_name, *args, **kwargs)
+
+    def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if self.guarded and names != [self.adapter]:
+            raise second_adapter(", ".join(names))
+        super().set_adapter(adapter_names, *args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        raise kept_adapter()
 
     @property
     def step_mode(self) -> bool:
@@ -83,7 +118,13 @@ class GuardedLinear(LoraLinear):
 
     @property
     def scale(self) -> float:
-        return float(self.scaling[self.adapter])
+        scale = float(self.scaling[self.adapter])
+        if self.weight_is_residual and scale != self._frozen_scale:
+            raise RuntimeError(
+                f'the scaling is {scale:g}, but residual="frozen" took s·B₀A₀P off the weight with s = '
+                f'{self._frozen_scale:g}; set it back, or attach with residual="virtual", which takes any scaling'
+            )
+        return scale
 
     @property
     def frozen_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,57 +133,163 @@ class GuardedLinear(LoraLinear):
             raise RuntimeError("this adapter started at zero: it has no frozen factors")
         return self.frozen_A, self.frozen_B
 
-    @torch.no_grad()
-    def _add_frozen_to_weight(self, sign: float) -> None:
-        weight = linear_weight(self.get_base_layer())
-        weight.copy_(weight + sign * self._frozen_delta())
-
     def _frozen_delta(self) -> torch.Tensor:
         """``s·B₀A₀P`` (d_out, d_in)."""
         A, B = self.frozen_factors
         dtype = torch.promote_types(A.dtype, torch.float32)
         return self.scale * (B.to(dtype) @ A.to(dtype))
 
-    def restore_base(self) -> None:
-        """Puts B₀A₀P back into the weight where ``residual="frozen"`` took it out (up to rounding)."""
-        if self.weight_is_residual and not self.merged:
-            self._add_frozen_to_weight(1.0)
-            self.weight_is_residual = False
+    def _oriented(self, matrix: torch.Tensor) -> torch.Tensor:
+        """(d_out, d_in) as the layer stores its weight, or back."""
+        return matrix.T if self.fan_in_fan_out else matrix
 
     def leak(self, A: torch.Tensor | None = None) -> float:
         """``‖A − A P‖ / ‖A‖`` of the adapter's A, or of another; in forward mode a leak of A itself is harmless."""
         if self.projector is None:
             return 0.0
-        A = (self.A.detach() if A is None else A).to(self.A.device, torch.float32)
+        A = (self.A if A is None else A).detach().to(self.A.device, torch.float64)
+        A = A / A.abs().max().clamp_min(torch.finfo(torch.float64).tiny)  # no square overflows
         outside = A - self.projector.project_(A.clone())
-        return float(outside.norm() / A.norm().clamp_min(torch.finfo(torch.float32).tiny))
+        return float(outside.norm() / A.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
     def delta_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(F, G) with ``ΔW = F G`` against the base weight; RuntimeError if step mode's invariant is broken."""
+        """(F, G) with ``ΔW = F G`` against the base weight; RuntimeError if what it rests on was changed."""
         self.check_invariant()
         return delta_factors(self.A, self.B, self.projector, self.scale, self.frozen_A, self.frozen_B)
 
     def check_invariant(self) -> None:
-        """In step mode the forward relies on ``A = A P``: RuntimeError if someone moved A out of the null space."""
-        if self.step_mode and self.leak() > LEAK_TOLERANCE[self.A.dtype]:
+        """RuntimeError if the factors are not those that the layer was given, or the frozen pair is not the plan's.
+
+        In step mode the forward relies on ``A = A P``: then also if someone moved A out of the null space.
+        """
+        A, B = self.A, self.B
+        if A.shape != self.shapes[0] or B.shape != self.shapes[1]:
+            raise self._replaced()
+        if A.is_meta or B.is_meta:
+            raise RuntimeError(
+                "the adapter is on the meta device, without values; offload the base model before attach_guard, which "
+                "leaves the adapter where it computes"
+            )
+        if not self._holds_start():
+            raise RuntimeError(
+                "the frozen pair A₀P, B₀ is not the plan's: something wrote into it. Attach the guard anew"
+            )
+        if self.step_mode and not self.leak() <= LEAK_TOLERANCE[A.dtype]:
             raise RuntimeError(
                 f"the adapter left the null space (‖A − A P‖/‖A‖ = {self.leak():.1e}): in step mode only the guarded "
                 "optimiser may change it. Remove the optimiser guard to return to forward mode, which is always exact"
             )
 
+    def _holds_start(self) -> bool:
+        if self.frozen_A is None or self.frozen_B is None:
+            return not self.guard.frozen and self.frozen_A is None and self.frozen_B is None
+        pairs = ((self.frozen_A, self.guard.A0), (self.frozen_B, self.guard.B0))
+        return all(_is_cast_of(ours, start.to(ours.device)) for ours, start in pairs)
+
+    def _replaced(self) -> RuntimeError:
+        return RuntimeError(
+            f"lora_A and lora_B have shapes {tuple(self.A.shape)} and {tuple(self.B.shape)}, the guard was attached "
+            f"with {tuple(self.shapes[0])} and {tuple(self.shapes[1])}: another adapter was put in their place, or "
+            "they were sharded. Attach the guard anew and use its load_adapter"
+        )
+
     def base_weight(self) -> torch.Tensor:
-        """The weight W of the base model (d_out, d_in), also where the layer holds W_res."""
-        weight = linear_weight(self.get_base_layer()).detach()
-        return weight + self._frozen_delta() if self.weight_is_residual else weight
+        """The weight W of the base model (d_out, d_in), also where the layer holds W_res or the weight is offloaded."""
+        return self._oriented(self.base_weight_as_stored().to(self.A.device))
+
+    def base_weight_as_stored(self) -> torch.Tensor:
+        """The same, as the base layer stores it and wherever that is."""
+        base = self.get_base_layer()
+        if self._base_weight is not None:
+            return self._base_weight.to(base.weight.dtype)
+        return parameter_values(base, "weight", base.weight).detach()
+
+    def residual_difference(self) -> str:
+        """What became of the W_res that ``residual="frozen"`` wrote: "", "changed" or "rounded to ..."."""
+        return TensorMark.of(self.get_base_layer().weight).difference(self._residual_mark)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """What merging adds to the layer's weight; PEFT's merge and unmerge call this."""
+        """What merging adds to the layer's weight."""
         F, G = self.delta_factors()
         if self.weight_is_residual:
             rank = self.A.shape[0]
             F, G = F[:, :rank], G[:rank]
-        delta = F @ G
-        return (delta.T if self.fan_in_fan_out else delta).to(linear_weight(self.get_base_layer()).dtype)
+        return self._oriented(F @ G).to(self.get_base_layer().weight.dtype)
+
+    # ---- merging
+
+    def check_mergeable(self) -> None:
+        """ValueError if ``W + ΔW`` in the base layer's weight would not give the outputs of base and adapter."""
+        base = self.get_base_layer()
+        reason = ""
+        if self.guard.shared:
+            reason = (
+                f"its weight is also that of {self.guard.shared}, which would change with it; give it its own first"
+            )
+        elif self.calls_base or base._forward_hooks or base._forward_pre_hooks:
+            reason = f"its {type(base).__name__} has a forward or hooks of its own, which would act on the adapter too"
+        elif computes_weight(base):
+            reason = "its weight is computed from other parameters"
+        if reason:
+            raise ValueError(f"this layer cannot be merged: {reason}. export_lora needs no merging")
+        if not all(torch.isfinite(t).all() for t in self.delta_factors()):
+            raise ValueError("this layer cannot be merged: the adapter holds non-finite values; its training diverged")
+
+    def _merged_weight(self) -> torch.Tensor:
+        """``W + ΔW``, rounded once, as the layer stores it."""
+        self.check_mergeable()
+        if self.get_base_layer().weight.is_meta:
+            raise ValueError(
+                "this layer cannot be merged: its weight is offloaded; use merge_adapter or merge_and_unload of the "
+                "model, which load it"
+            )
+        return self._oriented(merged_weight(self.base_weight(), *self.delta_factors()))
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Writes ``W + ΔW``, rounded once, into the base weight; what it overwrites is kept in host memory.
+
+        Every merge is safe in PEFT's sense: a result that is not finite raises and changes nothing.
+
+        Raises:
+            ValueError: a weight that is shared with another module or offloaded, a base layer with a forward or hooks
+                of its own, or a result that is not finite.
+        """
+        if self.adapter not in check_adapters_to_merge(self, adapter_names):
+            return
+        weight, merged = self.get_base_layer().weight, self._merged_weight()
+        self._unmerged = weight.detach().to("cpu", copy=True)
+        weight.copy_(merged)
+        self.merged_adapters.append(self.adapter)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts the base weight back, bit for bit."""
+        if self._unmerged is None:
+            super().unmerge()  # warns that nothing is merged
+            return
+        self._write(self._unmerged)
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+    def _write(self, values: torch.Tensor) -> None:
+        weight = self.get_base_layer().weight
+        if weight.is_meta:
+            raise RuntimeError("the base weight is offloaded and cannot be put back; use unmerge_adapter of the model")
+        weight.copy_(values)
+
+    @torch.no_grad()
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer with ``W + ΔW``, or as it was, bit for bit; PEFT calls it to unload the model."""
+        if merge and self.adapter in check_adapters_to_merge(self, adapter_names):
+            self._write(self._merged_weight())
+        elif not self.merged and self._base_weight is not None:
+            self._write(self._base_weight)
+        return self.get_base_layer()
+
+    # ---- running
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self.guarded:
@@ -151,24 +298,36 @@ class GuardedLinear(LoraLinear):
             raise ValueError(
                 f"a guarded layer takes its input alone, got also {sorted(kwargs) or 'positional arguments'}"
             )
-        base = self.get_base_layer()
+        base = self.base_layer
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.merged:
-            return self.base_layer(x)
+            return base(x)
+        plain = not (self.calls_base or has_hooks(base))
+        if self.weight_is_residual and not plain:
+            raise RuntimeError(
+                f'the base layer {type(base).__name__} has hooks, which would see W_res under residual="frozen"; '
+                'remove them, or attach with residual="virtual"'
+            )
         if self.disable_adapters:
             if not self.weight_is_residual:
-                return self.base_layer(x)
+                return base(x)
             A0, B0 = self.frozen_factors
             return projected_lora(x, linear_weight(base), A0, B0, scale=self.scale, bias=base.bias)
+        A, B = self.A, self.B
+        if A.shape != self.shapes[0] or B.shape != self.shapes[1]:
+            raise self._replaced()
+        if not plain:
+            y = base(x)
+            return y + self._adapter_output(x, A, B).to(y.dtype)
         dropout = self.lora_dropout[self.adapter]
         virtual = not self.weight_is_residual
         project = self.projector is not None and (self._kept_A is None or not self.step_mode)
         return projected_lora(
             x,
             linear_weight(base),
-            self.A,
-            self.B,
+            A,
+            B,
             self.projector.basis if project and self.projector is not None else None,
             self.projector.complement if self.projector is not None else True,
             self.scale,
@@ -178,26 +337,39 @@ class GuardedLinear(LoraLinear):
             dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0,
         )
 
-    def load_factors(self, A_P: torch.Tensor, B: torch.Tensor, where: str) -> None:
-        """ValueError unless the adapter (r, d_in), (d_out, r) that is to be loaded lies in the null space."""
-        if A_P.shape != self.A.shape or B.shape != self.B.shape:
-            raise ValueError(
-                f"{where}: the adapter has shapes {tuple(A_P.shape)} and {tuple(B.shape)}, expected "
-                f"{tuple(self.A.shape)} and {tuple(self.B.shape)}"
-            )
-        if not (torch.isfinite(A_P).all() and torch.isfinite(B).all()):
-            raise ValueError(f"{where}: the adapter holds non-finite values")
-        leak = self.leak(A_P)
-        if leak > LEAK_TOLERANCE[A_P.dtype]:
-            raise ValueError(
-                f"{where}: the adapter acts outside the null space (‖A Q‖/‖A‖ = {leak:.1e}); it was not trained under "
-                "this plan, or the file was altered"
-            )
+    def _adapter_output(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """``s·drop(x) (A P)ᵀ Bᵀ − s·x (A₀P)ᵀ B₀ᵀ``, one product with the B factors so that the two cancel before
+        rounding."""
+        if A.is_meta or B.is_meta:
+            self.check_invariant()
+        projector = None if self.step_mode else self.projector
+        h = functional.linear(self.lora_dropout[self.adapter](x), _Fold.apply(A, projector).to(x.dtype))
+        B = self.scale * B
+        if self.frozen_A is not None and self.frozen_B is not None:
+            h = torch.cat([h, functional.linear(x, self.frozen_A.to(x.dtype))], dim=-1)
+            B = torch.cat([B, -self.scale * self.frozen_B.to(B.dtype)], dim=1)
+        return functional.linear(h, B.to(x.dtype))
 
 
-def agree(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
-    """Whether the two are equal up to a relative ``tolerance``; False for other shapes and for NaN."""
-    return ours.shape == theirs.shape and bool((ours - theirs.to(ours)).norm() <= tolerance * ours.norm())
+class _Fold(torch.autograd.Function):
+    """``A P`` in at least float32, whatever autocast or TF32 say, and its gradient ``∂A = ∂(A P) P``."""
+
+    @staticmethod
+    def forward(ctx: Any, A: torch.Tensor, projector: NullSpaceProjector | None) -> torch.Tensor:
+        ctx.projector, ctx.dtype = projector, A.dtype
+        A_P = A.to(torch.promote_types(A.dtype, torch.float32), copy=True)
+        return A_P if projector is None else projector.project_(A_P)
+
+    @staticmethod
+    def backward(ctx: Any, dA_P: torch.Tensor) -> tuple[torch.Tensor, None]:
+        dA = dA_P.clone()
+        return (dA if ctx.projector is None else ctx.projector.project_(dA)).to(ctx.dtype), None
+
+
+def _is_cast_of(ours: torch.Tensor, start: torch.Tensor) -> bool:
+    """Whether ``ours`` is ``start`` in its dtype, on the way through a narrower one perhaps."""
+    ways = (ours.dtype, torch.bfloat16, torch.float16)
+    return ours.shape == start.shape and any(torch.equal(ours, start.to(way).to(ours.dtype)) for way in ways)
 
 
 def second_adapter(name: str) -> ValueError:
@@ -207,46 +379,5 @@ def second_adapter(name: str) -> ValueError:
     )
 
 
-# What rounding A P to its dtype leaves outside the null space, with a wide margin.
-LEAK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-
-
-def _extra_state_key(prefix: str) -> str:
-    return f"{prefix}projector.{nn.modules.module._EXTRA_STATE_KEY_SUFFIX}"
-
-
-def _to_plain_lora(layer: GuardedLinear, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    key_A, key_B = (f"{prefix}{name}.{layer.adapter}.weight" for name in ("lora_A", "lora_B"))
-    if key_A not in state or key_B not in state:
-        return
-    # The projector is the plan's; plain PEFT has none.
-    state.pop(_extra_state_key(prefix), None)
-    _, G = layer.delta_factors()
-    state[key_A] = G.to(layer.A.dtype)
-    if layer.frozen_B is not None:
-        state[key_B] = torch.cat([layer.B.detach(), -layer.frozen_B.to(layer.B.dtype)], dim=1)
-
-
-def _from_plain_lora(layer: GuardedLinear, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    key_A, key_B = (f"{prefix}{name}.{layer.adapter}.weight" for name in ("lora_A", "lora_B"))
-    if layer.projector is not None:
-        state[_extra_state_key(prefix)] = layer.projector.get_extra_state()
-    A, B = state.get(key_A), state.get(key_B)
-    if A is None and B is None:
-        return
-    rank = layer.A.shape[0]
-    rows = rank if layer.frozen_A is None else 2 * rank
-    where = prefix.removeprefix("base_model.model.").rstrip(".")
-    if A is None or B is None:
-        raise ValueError(f"{where}: the state holds one of lora_A and lora_B without the other")
-    if A.shape[0] != rows or B.dim() != 2 or B.shape[1] != rows:
-        raise ValueError(
-            f"{where}: a guarded layer's state has {rows} adapter rows, [A P; A0 P], got shapes {tuple(A.shape)} and "
-            f"{tuple(B.shape)}; it is not the state of this guarded model"
-        )
-    if layer.frozen_A is not None and layer.frozen_B is not None:
-        for ours, theirs in ((layer.frozen_A, A[rank:]), (layer.frozen_B, -B[:, rank:])):
-            if not agree(ours, theirs, 1e-2):
-                raise ValueError(f"{where}: the state starts from another plan (its frozen rows differ)")
-    layer.load_factors(A[:rank], B[:, :rank], where)
-    state[key_A], state[key_B] = A[:rank], B[:, :rank]
+def kept_adapter() -> ValueError:
+    return ValueError("a guarded model keeps its only adapter; model.unload() returns the base model without it")

@@ -53,6 +53,19 @@ def _outside(name: str, frozen_A: torch.Tensor, basis: torch.Tensor, complement:
     return [f"{name} acts outside the null space of the basis (‖A₀P Q‖/‖A₀P‖ = {leak:.1e}): one of them was altered"]
 
 
+@torch.no_grad()
+def merged_weight(weight: torch.Tensor, F: torch.Tensor, G: torch.Tensor) -> torch.Tensor:
+    """``W + F G`` (d_out, d_in) in the widest dtype, rounded once to that of W; ValueError if it is not finite."""
+    dtype = torch.promote_types(weight.dtype, F.dtype)
+    with full_float32_products():
+        merged = (weight.to(dtype) + F.to(dtype) @ G.to(dtype)).to(weight.dtype)
+    if not torch.isfinite(merged).all():
+        raise ValueError(
+            f"the merged weight is not finite in {merged.dtype}: the adapter diverged, or the dtype overflows"
+        )
+    return merged
+
+
 class ProjectedLoraLinear(nn.Module):
     """``y = x Wᵀ + b + s·drop(x) (A P)ᵀ Bᵀ − s·x (A₀P)ᵀ B₀ᵀ`` with frozen W and b and trainable A and B.
 
@@ -215,13 +228,11 @@ class ProjectedLoraLinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """An ordinary linear layer with weight ``W + ΔW``, rounded to the dtype of W (which moves protected outputs
-        by about its rounding error)."""
+        by about its rounding error). ValueError if it is not finite."""
         F, G = self.delta_factors()
         d_out, d_in = self.weight.shape
         merged = nn.Linear(d_in, d_out, bias=self.bias is not None, device="meta")
-        with full_float32_products():
-            weight = (self.weight.to(F.dtype) + F @ G).to(self.weight.dtype)
-        merged.weight = nn.Parameter(weight, requires_grad=False)
+        merged.weight = nn.Parameter(merged_weight(self.weight, F, G), requires_grad=False)
         if self.bias is not None:
             merged.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return merged
