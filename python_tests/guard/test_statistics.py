@@ -322,7 +322,7 @@ def test_the_model_is_left_as_it_was(training, fails):
         if fails and len(seen) == 2:
             raise RuntimeError("out of memory")
 
-    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(fail)
+    model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(fail)
     modes = {name: m.training for name, m in model.named_modules()}
     hooks, state = hooks_of(model), copy.deepcopy(model.state_dict())
     if fails:

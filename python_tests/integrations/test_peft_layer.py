@@ -308,6 +308,10 @@ def test_hooks_of_the_base_act_on_the_base_alone(tiny, kind, name, way, when):
     WAYS[way](base.get_submodule(name))
     if when == "before":
         WAYS[way](model.get_submodule(name))
+        if way == "forward of the instance":
+            with pytest.raises(TypeError, match=rf"layer {name}: its output is not x Wᵀ \+ b"):
+                gk.attach_guard(model, tiny.plan(kind))
+            return
     model = gk.attach_guard(model, tiny.plan(kind)).eval()
     layer = layer_of(model, name)
     if when == "after":
@@ -320,6 +324,14 @@ def test_hooks_of_the_base_act_on_the_base_alone(tiny, kind, name, way, when):
     assert close(layer(x).double(), expected, 1e-5)
     with model.disable_adapter():
         assert torch.equal(layer(x), base.get_submodule(name)(x))
+
+
+def test_statistics_are_of_what_the_adapter_reads(tiny):
+    model = tiny.base()
+    steer_before(model.get_submodule(LAYER))
+    batches = [{"input_ids": tiny.batch(seed=7)["input_ids"][:, :4]}]
+    stats = gk.collect_statistics(model, batches, target_modules=[LAYER], progress=False)
+    assert close(stats.for_layer(LAYER).covariance, tiny.statistics().for_layer(LAYER).covariance)
 
 
 @pytest.mark.parametrize("mode", ["forward", "step"])

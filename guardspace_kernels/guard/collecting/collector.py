@@ -153,7 +153,8 @@ class Collector:
         for name, module in self.guarded.items():
             plain = type(module).forward is nn.Linear.forward or is_conv1d(module)
             cut = plain and self.real is not None
-            handles.append(module.register_forward_pre_hook(self._hook(name, cut)))
+            # Before those of others as well: an adapter reads x, whatever a hook then makes of it for the base layer.
+            handles.append(module.register_forward_pre_hook(self._hook(name, cut), prepend=True))
             if cut:
                 # Before the hooks of others, which are used to the whole output.
                 handles.append(module.register_forward_hook(self._whole, prepend=True))
