@@ -88,7 +88,7 @@ def _whole_model(name: str, r: int) -> Case:
     config = gk.GuardConfig(rank=r, protect=0.5 if name == "tiny" else 0.99)
 
     def ours() -> dict[str, Tensor]:
-        plan = gk.plan_guard(model, stats, config, progress=False)
+        plan = gk.plan_guard(model, stats, config, progress=False, allow_few_prompts=True)
         return {name: layer.B0 for name, layer in plan.layers.items()}
 
     def paper() -> dict[str, Tensor]:

@@ -136,7 +136,9 @@ def _ours(
     _, saved = _timed(lambda: stats.save(files[0]))
     if budget:
         stats = gk.CalibrationStatistics.load(files[0])
-    plan, planned = _timed(lambda: gk.plan_guard(model, stats, config, progress=False, max_memory=budget))
+    plan, planned = _timed(
+        lambda: gk.plan_guard(model, stats, config, progress=False, max_memory=budget, allow_few_prompts=True)
+    )
     plan.save(files[1])
     return {"collect": collected, "save": saved, "plan": planned}
 

@@ -54,7 +54,7 @@ def _plan(name: str, dtype: torch.dtype, rank: int) -> gk.GuardPlan:
     ids = torch.randint(model.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
     statistics = gk.collect_statistics(model, [{"input_ids": ids}], progress=False)
     config = gk.GuardConfig(rank=rank, protect=0.5 if name == "tiny" else 0.99)
-    return gk.plan_guard(model, statistics, config, progress=sys.stderr.isatty())
+    return gk.plan_guard(model, statistics, config, progress=sys.stderr.isatty(), allow_few_prompts=True)
 
 
 class Training:

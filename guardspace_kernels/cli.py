@@ -157,6 +157,11 @@ def _add_plan(commands: Any) -> None:
     )
     plan.add_argument("--target-modules", nargs="+", metavar="NAME", help="some of the layers (default: all)")
     plan.add_argument("--max-memory", metavar="SIZE", help="for solves that run at the same time, e.g. 4GB")
+    plan.add_argument(
+        "--allow-few-prompts",
+        action="store_true",
+        help="plan from fewer than 16 prompts, or than two tokens for each direction to protect, all the same",
+    )
 
 
 def _add_certify(commands: Any) -> None:

@@ -91,7 +91,12 @@ def plan(options: argparse.Namespace) -> int:
     device = _device(options)
     stats = _statistics("statistics", options.statistics)
     made = plan_guard(
-        _model(options, device), stats, config, target_modules=options.target_modules, max_memory=options.max_memory
+        _model(options, device),
+        stats,
+        config,
+        target_modules=options.target_modules,
+        max_memory=options.max_memory,
+        allow_few_prompts=options.allow_few_prompts,
     )
     with _writing("--out", options.out):
         made.save(options.out)

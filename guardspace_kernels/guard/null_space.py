@@ -46,6 +46,19 @@ class NullSpace:
     sink_directions: int
     free_energy: float
 
+    def outside(self, rows: torch.Tensor) -> torch.Tensor:
+        """``‖P x‖²`` (n,) of rows (n, d) in the basis's dtype."""
+        along = rows @ self.basis
+        return (rows - along @ self.basis.T if self.complement else along).square().sum(dim=1)
+
+    def share_outside(self, covariance: torch.Tensor) -> float:
+        """``tr(P C) / tr(C)`` of any covariance, 0 of a zero one; in float64."""
+        basis = self.basis.to(covariance.device, torch.float64)
+        C = covariance.double()
+        total, along = float(C.diagonal().sum()), float(((C @ basis) * basis).sum())
+        outside = total - along if self.complement else along
+        return min(max(outside / total, 0.0), 1.0) if total > 0 else 0.0
+
 
 def is_finite(t: torch.Tensor) -> bool:
     """Without NaN or infinity; ``torch.isfinite`` takes 20 times as long, and a mask."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from guardspace_kernels.arguments import boolean, choice, integer, number
+from guardspace_kernels.guard.coverage import Coverage
 from guardspace_kernels.guard.files import load_tensors, save_tensors
 from guardspace_kernels.guard.fingerprint import ModelFingerprint
 from guardspace_kernels.guard.null_space import RULES, NullSpace
@@ -104,6 +105,7 @@ class GuardPlan:
             None where the configuration leaves the projector out.
         left_out: name -> reason, of the layers of experts that saw too few tokens to tell what to protect. They get no
             adapter and stay frozen.
+        coverage: how far protection carries; None without the projector and in plans of versions that did not tell.
     """
 
     config: GuardConfig
@@ -111,6 +113,7 @@ class GuardPlan:
     spaces: list[NullSpace | None]
     model: ModelFingerprint
     left_out: dict[str, str] = field(default_factory=dict)
+    coverage: Coverage | None = None
 
     def space_of(self, name: str) -> NullSpace | None:
         return self.spaces[self.layers[name].space]
@@ -137,14 +140,17 @@ class GuardPlan:
                 digest.update(space.basis.contiguous().numpy().tobytes())
         if self.left_out:
             digest.update(repr(self.left_out).encode())
+        if self.coverage:
+            digest.update(repr(self.coverage).encode())
         return digest.hexdigest()[:32]
 
     def __str__(self) -> str:
         width = max([len(name) for name in (*self.layers, *self.left_out)] + [5])
-        lines = [
+        lines = [] if self.coverage is None else [str(self.coverage)]
+        lines.append(
             f"{'layer':{width}}  {'d_out':>6} {'d_in':>6}  {'protected':>9} {'energy':>8} {'free':>8} {'capacity':>8}  "
             "warnings"
-        ]
+        )
         for name, layer in self.layers.items():
             d_out, d_in = layer.shape
             space = self.space_of(name)
@@ -190,6 +196,7 @@ class GuardPlan:
             "layers": [[x.name, x.shape, x.space, x.warnings] for x in self.layers.values()],
             "spaces": spaces,
             "left_out": self.left_out,
+            "coverage": self.coverage and self.coverage.to_dict(),
             "fingerprint": self.fingerprint,
         }
         save_tensors(path, _KIND, tensors, header)
@@ -209,7 +216,9 @@ class GuardPlan:
             for i, entry in enumerate(header["spaces"])
         ]
         config, model = GuardConfig(**header["config"]), ModelFingerprint.from_header(header["model"])
-        plan = cls(config, layers, spaces, model, header.get("left_out", {}))
+        told = header.get("coverage")
+        coverage = None if told is None else Coverage.from_dict(told)
+        plan = cls(config, layers, spaces, model, header.get("left_out", {}), coverage)
         if plan.fingerprint != header["fingerprint"]:
             raise ValueError(f"{os.fspath(path)}: the plan's content does not match its fingerprint; it was altered")
         return plan

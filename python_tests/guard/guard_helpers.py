@@ -119,9 +119,14 @@ def collect(model, batches=None, **kwargs):
     return gk.collect_statistics(model, [batch_of()] if batches is None else batches, progress=False, **kwargs)
 
 
+def planned(model, stats, config=None, **options):
+    """A plan from a few tiny prompts, which the library refuses unless it is told otherwise."""
+    return gk.plan_guard(model, stats, config, progress=False, allow_few_prompts=True, **options)
+
+
 def plan_for(model, stats=None, **config):
     config = {"rank": 3, "protect": 0.9, **config}
-    return gk.plan_guard(model, collect(model) if stats is None else stats, gk.GuardConfig(**config), progress=False)
+    return planned(model, collect(model) if stats is None else stats, gk.GuardConfig(**config))
 
 
 def perturb(guarded, seed=1, size=0.3):

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from guard_helpers import assert_same_bits, perturb, tiny_llama
+from guard_helpers import assert_same_bits, perturb, planned, tiny_llama
 
 import guardspace_kernels as gk
 from guardspace_kernels.cli import main
 
 WORDS = ["<pad>", "<eos>", "<unk>", "<user>", *(f"w{i}" for i in range(56))]
 PROMPTS = ["w5 w9 w3 w7", "w5 w2 w6 w30 w31 w32", "w8 w3 w12", "w40 w41 w42 w43 w44", "w50 w20"]
+FEW = "--allow-few-prompts"
 PATHS = {"model", "prompts.txt", "prompts.jsonl", "stats", "plan", "adapter", "lora", "report.json"}
 
 
@@ -44,7 +45,7 @@ def stats(folder):
 
 @pytest.fixture(scope="module")
 def plan(folder, stats):
-    assert run(folder, "plan", "model", "stats", "--out", "plan", "--rank", "3", "--protect", "0.8") == 0
+    assert run(folder, "plan", "model", "stats", "--out", "plan", "--rank", "3", "--protect", "0.8", FEW) == 0
     return gk.GuardPlan.load(folder / "plan")
 
 
@@ -64,8 +65,8 @@ def test_collect_goes_through_the_chat_template_and_plan_uses_it(folder, stats, 
     expected = gk.collect_statistics(tiny_llama(), batches, answer_tokens=2, progress=False)
     assert_same_bits(stats, expected)
     config = gk.GuardConfig(rank=3, protect=0.8)
-    assert plan.fingerprint == gk.plan_guard(tiny_llama(), expected, config, progress=False).fingerprint
-    assert run(folder, "plan", "model", "stats", "--out", "plan", "--rank", "3", "--protect", "0.8") == 0
+    assert plan.fingerprint == planned(tiny_llama(), expected, config).fingerprint
+    assert run(folder, "plan", "model", "stats", "--out", "plan", "--rank", "3", "--protect", "0.8", FEW) == 0
     assert "14 layers, rank 3, scale 2" in capsys.readouterr().out
 
 
@@ -289,7 +290,7 @@ def test_a_full_disk_is_told_in_one_line(folder, stats, adapter, command, tmp_pa
     out = str(tmp_path / "out")
     arguments = {
         "collect": ["collect", "model", "prompts.txt", "--answer-tokens", "0", "--out", out],
-        "plan": ["plan", "model", "stats", "--rank", "3", "--protect", "0.8", "--out", out],
+        "plan": ["plan", "model", "stats", "--rank", "3", "--protect", "0.8", "--out", out, FEW],
         "certify": ["certify", "model", "adapter", "stats", "--json", out],
         "export": ["export", "model", "adapter", "plan", "--out", out],
     }[command]

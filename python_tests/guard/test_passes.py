@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from guard_helpers import PROMPTS, PlainModel, assert_same_bits, batch_of, collect, tiny_gpt2, tiny_llama
+from guard_helpers import PROMPTS, PlainModel, assert_same_bits, batch_of, collect, planned, tiny_gpt2, tiny_llama
 from test_interrupted_statistics import Stop
 from test_statistics import LateReader
 
@@ -242,11 +242,11 @@ def test_under_a_budget_it_does_after_every_pass_and_solve(monkeypatch):
     model, released = deep_llama(), []
     for module in (collection, planning):
         monkeypatch.setattr(module, "release_memory", lambda module=module: released.append(module))
-    gk.plan_guard(model, collect(model, BATCHES), gk.GuardConfig(rank=2, protect=0.5), progress=False)
+    planned(model, collect(model, BATCHES), gk.GuardConfig(rank=2, protect=0.5))
     assert not released
     stats = collect(model, BATCHES, max_memory=BUDGET["llama"])
     assert released == [collection] * len(plan_collection(model, BATCHES, max_memory=BUDGET["llama"]).passes)
-    gk.plan_guard(model, stats, gk.GuardConfig(rank=2, protect=0.5), progress=False, max_memory="1GB")
+    planned(model, stats, gk.GuardConfig(rank=2, protect=0.5), max_memory="1GB")
     assert released.count(planning) == len(stats.inputs)
 
 

@@ -14,6 +14,7 @@ from guard_helpers import (
     dense_projector,
     hand_made,
     plan_for,
+    planned,
     relative_error,
     rewrite,
     tiny_gpt2,
@@ -148,7 +149,10 @@ def test_paper_rule_with_few_tokens():
 def test_the_table_has_a_row_per_layer():
     model = tiny_llama()
     plan = plan_for(model, protect=0.95)
-    head, *rows, summary = str(plan).splitlines()
+    told = str(plan.coverage).splitlines()
+    shown = str(plan).splitlines()
+    head, *rows, summary = shown[len(told) :]
+    assert shown[: len(told)] == told
     assert head.split() == ["layer", "d_out", "d_in", "protected", "energy", "free", "capacity", "warnings"]
     assert [row.split()[0] for row in rows] == list(plan.layers)
     for row, (name, layer) in zip(rows, plan.layers.items(), strict=True):
@@ -199,7 +203,7 @@ def test_dead_starting_directions_are_warned_of():
 def test_target_modules_take_a_subset():
     model = tiny_llama()
     stats = collect(model)
-    plan = gk.plan_guard(model, stats, gk.GuardConfig(rank=2), target_modules=["v_proj", "down_proj"], progress=False)
+    plan = planned(model, stats, gk.GuardConfig(rank=2), target_modules=["v_proj", "down_proj"])
     assert list(plan.layers) == [n for n in stats.layers if n.endswith(("v_proj", "down_proj"))]
     assert len(plan.spaces) == 4
     whole = plan_for(model, stats, rank=2, protect=0.99)
@@ -212,7 +216,7 @@ def test_layers_without_statistics_are_refused():
     model = tiny_llama()
     stats = collect(model, target_modules=["q_proj"])
     with pytest.raises(ValueError, match=r"layer model\.layers\.0\.self_attn\.k_proj has no statistics; collect"):
-        gk.plan_guard(model, stats, target_modules=["q_proj", "k_proj"], progress=False)
+        planned(model, stats, target_modules=["q_proj", "k_proj"])
 
 
 def test_a_copy_of_the_model_is_accepted_and_other_models_are_not(tmp_path):
@@ -392,6 +396,9 @@ def solved_within(budget, monkeypatch, workers=4, meet=1):
     """The most bytes and the most solves at once of a plan under that budget; ``meet`` solves wait for each other."""
     model, running, lock = tiny_llama(), [], threading.Lock()
     stats = collect(model)
+    for entry in stats.inputs:
+        entry.held = None  # nothing is held out: a solve for each input
+        entry.held_tokens = 0
     whole = plan_for(model, stats)
     most, together = [0, 0], threading.Barrier(meet, timeout=60)
     null_space = plan_module.null_space
@@ -411,7 +418,7 @@ def solved_within(budget, monkeypatch, workers=4, meet=1):
     threads = torch.get_num_threads()
     torch.set_num_threads(workers)
     try:
-        plan = gk.plan_guard(model, stats, whole.config, progress=False, max_memory=budget)
+        plan = planned(model, stats, whole.config, max_memory=budget)
     finally:
         torch.set_num_threads(threads)
     assert plan.fingerprint == whole.fingerprint
@@ -428,7 +435,7 @@ def test_solves_keep_to_a_memory_budget(monkeypatch):
     size, _ = solved_within(two_wide, monkeypatch)
     assert size <= two_wide
     with pytest.raises(ValueError, match='max_memory must be a number of bytes such as "4GB"'):
-        gk.plan_guard(tiny_llama(), collect(tiny_llama()), max_memory="much")
+        planned(tiny_llama(), collect(tiny_llama()), max_memory="much")
 
 
 def test_plans_made_at_the_same_time_leave_the_number_of_threads_alone():
@@ -469,4 +476,5 @@ def test_the_solver_is_told_how_many_tokens_there_were(monkeypatch):
 
     monkeypatch.setattr(plan_module, "null_space", spy)
     plan_for(model, stats)
-    assert told == [entry.tokens for entry in stats.inputs] and told[0] > 0
+    (held,) = (entry.tokens - entry.held_tokens for entry in stats.inputs if entry.held_tokens)
+    assert sorted(told) == sorted([held, *(entry.tokens for entry in stats.inputs)]) and held > 0

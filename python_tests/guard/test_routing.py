@@ -18,6 +18,7 @@ from guard_helpers import (
     hand_made,
     perturb,
     plan_for,
+    planned,
     relative_error,
     rewrite,
     tiny_gpt2,
@@ -408,7 +409,7 @@ def test_a_plan_lists_saves_and_signs_what_it_leaves_out(tmp_path):
     model = tiny_moe(idle=[1])
     stats = collect(model, BATCHES)
     plan = plan_for(model, stats, rank=2)
-    _, *rows = str(plan).splitlines()
+    rows = str(plan).splitlines()[len(str(plan.coverage).splitlines()) + 1 :]
     assert [row.split()[0] for row in rows[:-1]] == [*plan.layers, *plan.left_out] and len(plan.left_out) == 6
     assert all(row.endswith("left out: saw no calibration token") for row in rows[len(plan.layers) : -1])
     assert rows[-1] == plan.summary() and plan.summary().endswith("; 6 layers left out, which stay frozen")
@@ -439,7 +440,7 @@ def test_a_plan_without_layers_is_refused():
         r"every layer is left out, first model\.layers\.0\.mlp\.experts\.1\.gate_proj \(saw no calibration token\); "
     )
     with pytest.raises(ValueError, match=wanted + "collect statistics on more prompts, lower protect, or add layers"):
-        gk.plan_guard(model, stats, gk.GuardConfig(rank=2), target_modules=names, progress=False)
+        planned(model, stats, gk.GuardConfig(rank=2), target_modules=names)
 
 
 def test_a_rank_above_the_routers_outputs_names_it():

@@ -79,6 +79,7 @@ def plan(kind="llama", dtype=torch.float32, **config):
         statistics(kind, dtype),
         gk.GuardConfig(**{"rank": 2, "alpha": 3.0, "protect": 0.9, **config}),
         progress=False,
+        allow_few_prompts=True,
     )
     if dtype == torch.float64:  # plans are kept in float32: orthonormal to 1e-7, too little for some tests
         for space in made.spaces:

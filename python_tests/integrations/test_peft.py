@@ -181,7 +181,7 @@ def test_layer_whose_name_ends_another_is_guarded_alone(tiny, tmp_path):
 
     ids = tiny.batch()["input_ids"]
     stats = gk.collect_statistics(Nested(), [{"input_ids": ids[:, :2]}], target_modules="fc", progress=False)
-    plan = gk.plan_guard(Nested(), stats, gk.GuardConfig(rank=1, protect=0.5), progress=False)
+    plan = gk.plan_guard(Nested(), stats, gk.GuardConfig(rank=1, protect=0.5), progress=False, allow_few_prompts=True)
     model = gk.attach_guard(Nested(), plan)
     assert list(model.guarded_layers()) == ["fc"]
     next(iter(model.guarded_layers().values())).B.data.add_(1)

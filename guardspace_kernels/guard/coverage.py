@@ -1,0 +1,146 @@
+"""How far a plan's protection carries: to held-out prompts, to each kind of token, to every token alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from guardspace_kernels.guard.null_space import NullSpace
+from guardspace_kernels.guard.sampling import KINDS, Sample
+
+# A share outside is remarkable if it is so many times that of the calibration energy, and more than so much.
+_APART, _LITTLE = 3.0, 0.02
+
+
+@dataclass
+class InputCoverage:
+    """Shares of ``‖P x‖²`` in ``‖x‖²`` for one space: what lies outside of the protected directions.
+
+    Attributes:
+        energy: over all calibration tokens, ``tr(P C) / tr(C)``.
+        kinds: the same over the sampled tokens of each kind that there are.
+        alike: by kind, the mean of the tokens' own shares ``‖P x‖² / ‖x‖²``, however large or small they are.
+        rest, heldout: ``tr(P' C') / tr(C')`` over the calibration prompts that were not held out and over those that
+            were, P' being planned without them; None where none are kept.
+    """
+
+    energy: float
+    kinds: dict[str, float]
+    alike: dict[str, float]
+    rest: float | None = None
+    heldout: float | None = None
+
+    @property
+    def limit(self) -> float:
+        """Above it a share is remarkable."""
+        return max(_APART * self.energy, _LITTLE)
+
+    @property
+    def kinds_apart(self) -> bool:
+        """Whether some kinds of tokens take the protection from others."""
+        return bool(self.kinds) and min(self.kinds.values()) <= self.limit < max(self.kinds.values())
+
+    @property
+    def few_hold_all(self) -> bool:
+        """Whether few tokens, not one kind of them, take the protection from the others."""
+        within = any(m > max(_APART * self.kinds[kind], _LITTLE) for kind, m in self.alike.items())
+        return bool(self.kinds) and (within or min(self.kinds.values()) > self.limit)
+
+    def warnings(self) -> list[str]:
+        """What a user should know about the layers that read this input."""
+        found = []
+        if self.few_hold_all:
+            most = max(self.alike.values())
+            found.append(f"few tokens hold the energy: {self.energy:.1%} of it lies outside, but {most:.1%} of a token")
+        if self.kinds_apart:
+            found.append(f"outside lies {shown(self.kinds)}")
+        return found
+
+
+def shown(kinds: dict[str, float]) -> str:
+    return ", ".join(f"{share:.1%} of {kind}" for kind, share in kinds.items())
+
+
+def measured(space: NullSpace, sample: Sample | None) -> InputCoverage:
+    """The coverage of an input by its sampled rows."""
+    coverage = InputCoverage(space.free_energy, {}, {})
+    if sample is None:
+        return coverage
+    rows = sample.rows.to(space.basis)
+    outside, whole = space.outside(rows).double(), rows.double().square().sum(dim=1)
+    for i, kind in enumerate(KINDS):
+        mine = (sample.kinds == i) & (whole > 0)
+        if mine.any():
+            coverage.kinds[kind] = float(outside[mine].sum() / whole[mine].sum())
+            coverage.alike[kind] = float((outside[mine] / whole[mine]).mean())
+    return coverage
+
+
+@dataclass
+class Coverage:
+    """How far a plan's protection carries.
+
+    Attributes:
+        prompts: of the statistics. held_prompts: how many of them could be held out.
+        inputs: of each of the plan's spaces.
+    """
+
+    prompts: int
+    held_prompts: int
+    inputs: list[InputCoverage]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, entries: dict[str, Any]) -> Coverage:
+        inputs = [InputCoverage(**entry) for entry in entries["inputs"]]
+        return cls(entries["prompts"], entries["held_prompts"], inputs)
+
+    def mean(self, name: str) -> float | None:
+        """Of ``energy``, ``rest`` or ``heldout`` over the inputs that have it."""
+        return _mean([value for one in self.inputs if (value := getattr(one, name)) is not None])
+
+    def by_kind(self, name: str) -> dict[str, float]:
+        """Of ``kinds`` or ``alike`` over the inputs."""
+        means = {kind: _mean([of[kind] for one in self.inputs if kind in (of := getattr(one, name))]) for kind in KINDS}
+        return {kind: mean for kind, mean in means.items() if mean is not None}
+
+    def __str__(self) -> str:
+        rest, heldout, kinds = self.mean("rest"), self.mean("heldout"), self.by_kind("kinds")
+        if not kinds:
+            return (
+                "how far protection carries cannot be told: the statistics hold no sample of their tokens; collect "
+                "them again with this version"
+            )
+        if rest is None or heldout is None:
+            lines = [
+                f"how far protection carries to held-out prompts cannot be told: of {self.prompts} prompts none could "
+                "be held out; collect statistics on more"
+            ]
+        else:
+            lines = [
+                f"protection carries to held-out prompts: {rest:.2%} of the calibration energy lies outside of it, "
+                f"{heldout:.2%} of held-out prompts' ({self.held_prompts} of {self.prompts}, planned without them)"
+            ]
+        lines.append(f"by kind of token, outside lies {shown(kinds)}")
+        apart, few = (sum(getattr(one, name) for one in self.inputs) for name in ("kinds_apart", "few_hold_all"))
+        if apart:
+            lines.append(
+                f"warning: at {apart} of {len(self.inputs)} inputs some kinds of tokens take the protection from "
+                "others; give those less weight (collect_statistics(kind_weights=...)), or raise protect"
+            )
+        if few:
+            alike = max(self.by_kind("alike").values())
+            lines.append(
+                f"warning: at {few} of {len(self.inputs)} inputs few tokens hold the energy; of the tokens taken alike "
+                f"{alike:.1%} lies outside: mark those few by token_kinds and give them less weight "
+                "(collect_statistics(kind_weights=...)), or raise protect"
+            )
+        return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
