@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("guardspace", "DEF")
 
@@ -44,15 +45,16 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], *,
 def forbid_grad(op: str, overload: Any) -> Callable[..., None]:
     """An Autograd kernel for an in-place op without a derivative.
 
-    It raises if a tensor that would be written requires grad in grad mode: autograd would not see the write.
+    It raises if a tensor that would be written requires grad in grad mode or has a tangent of forward mode: autograd
+    would not see the write.
     """
 
     def kernel(target: Any, *args: Any) -> None:
         tensors = target if isinstance(target, (list, tuple)) else [target]
-        if any_requires_grad(*tensors):
+        if differentiated(*tensors):
             raise RuntimeError(
-                f"{op}: the tensor to be written requires grad, and this in-place op has no derivative; "
-                "call it under torch.no_grad(), or on .grad / .data / .detach()"
+                f"{op}: the tensor to be written requires grad, or has a tangent, and this in-place op has no "
+                "derivative; call it under torch.no_grad(), or on .grad / .data / .detach()"
             )
         with torch._C._AutoDispatchBelowAutograd():
             overload(target, *args)
@@ -60,9 +62,26 @@ def forbid_grad(op: str, overload: Any) -> Callable[..., None]:
     return kernel
 
 
-def any_requires_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd must see this call. The dispatcher lets None pass for a Tensor: the op's checks refuse it."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def differentiated(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd must see a call with these, in reverse or in forward mode (which ``no_grad`` leaves on).
+
+    The dispatcher lets None pass for a Tensor: the op's checks refuse it.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def without_grad(overload: Any) -> Callable[..., Any]:
+    """An Autograd kernel for an op whose result is a measurement: no gradient flows through it."""
+
+    def kernel(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    return kernel
 
 
 def shape(t: torch.Tensor) -> tuple[int, ...]:

@@ -175,6 +175,11 @@ def test_inputs_that_require_grad_get_none_and_leave_the_covariance_a_constant()
     assert not C.requires_grad and x.grad is None
 
 
+def test_no_gradient_flows_through_squared_drift():
+    C, F, G = torch.eye(D), torch.randn(4, 2, requires_grad=True), torch.randn(2, D, requires_grad=True)
+    assert not squared_drift(C, F, G).requires_grad
+
+
 @pytest.mark.parametrize(
     "call", [lambda C: covariance_update_(C, torch.ones(2, D)), symmetrize_], ids=["update", "sym"]
 )

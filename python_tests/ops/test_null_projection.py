@@ -7,6 +7,7 @@ import torch
 from backends import automatic
 from oracle import DTYPES, assert_as_exact_as_plain, dense_projector, error, orthonormal
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from guardspace_kernels.ops import null_project_, projected_adamw_
@@ -116,6 +117,16 @@ def test_a_leaf_that_requires_grad_is_refused_in_grad_mode(as_list):
     with torch.no_grad():
         null_project_(*arguments)
     assert error(g.detach(), before.double() @ dense_projector(basis, True, D)) < 1e-6
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_tensor_with_a_tangent_is_refused(as_list):
+    basis = orthonormal(D, K, torch.float32)
+    with torch.no_grad(), forward_ad.dual_level():
+        g = forward_ad.make_dual(torch.ones(3, D), torch.ones(3, D))
+        with pytest.raises(RuntimeError, match=r"null_project_: the tensor to be written .*has a tangent"):
+            null_project_(*([g], [basis]) if as_list else (g, basis))
+        null_project_(torch.ones(3, D), basis)
 
 
 def test_a_basis_that_requires_grad_leaves_g_a_constant():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from backends import automatic, require_extension
 from oracle import DTYPES, assert_as_exact_as_plain, dense_projector, error, orthonormal
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -167,6 +168,22 @@ def test_second_derivatives_are_refused(dtype):
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="projected_lora cannot be differentiated twice"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["x", "lora_A", "lora_B"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_derivatives_are_refused(name, grad):
+    """Rather than a tangent that is lost; under no_grad as well, which leaves forward mode on."""
+    call = {"x": LAYOUTS["ragged"](), **arguments()}
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        projected_lora(**call)
+        call[name] = forward_ad.make_dual(call[name], torch.ones_like(call[name]))
+        with pytest.raises(RuntimeError, match="projected_lora has no forward-mode derivative; take reverse mode"):
+            projected_lora(**call)
+        call[name] = forward_ad.unpack_dual(call[name]).primal
+    if name == "x":
+        with pytest.raises(RuntimeError, match=r"autograd\.Function with functorch transforms"):
+            torch.func.jvp(lambda x: projected_lora(**{**call, "x": x}), (LAYOUTS["ragged"](),), (LAYOUTS["ragged"](),))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -16,6 +16,7 @@ from guardspace_kernels.ops._library import (
     require_float,
     require_same_device,
     shape,
+    without_grad,
 )
 from guardspace_kernels.ops.covariance import cpu_kernels, cuda_kernels, reference  # noqa: F401  # the import registers them
 
@@ -146,6 +147,8 @@ _update_list_op = torch.ops.guardspace.covariance_update_list_.default
 _symmetrize_op = torch.ops.guardspace.symmetrize_.default
 LIBRARY.impl("covariance_update_", forbid_grad("covariance_update_", _update_op), "Autograd")
 LIBRARY.impl("covariance_update_list_", forbid_grad("covariance_update_", _update_list_op), "Autograd")
+_squared_drift_op = torch.ops.guardspace.squared_drift.default
+LIBRARY.impl("squared_drift", without_grad(_squared_drift_op), "Autograd")
 LIBRARY.impl("symmetrize_", forbid_grad("symmetrize_", _symmetrize_op), "Autograd")
 
 
@@ -210,7 +213,7 @@ def squared_drift(covariance: torch.Tensor, F: torch.Tensor, G: torch.Tensor) ->
 
     Source: GuardSpace's null-space condition (arXiv 2510.14301), turned into a number.
     """
-    return torch.ops.guardspace.squared_drift.default(covariance, F, G)
+    return _squared_drift_op(covariance, F, G)
 
 
 def symmetrize_(covariance: torch.Tensor) -> None:

@@ -22,8 +22,8 @@ from guardspace_kernels.ops import _triton
 from guardspace_kernels.ops._library import (
     AUTOCAST,
     LIBRARY,
-    any_requires_grad,
     define,
+    differentiated,
     require_basis,
     require_dense,
     require_float,
@@ -244,10 +244,14 @@ class _ProjectedLora(torch.autograd.Function):
         )  # fmt: skip
         return (dx if needs[0] else None, None, dA if needs[1] else None, dB if needs[2] else None, *nothing[4:])
 
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"{_OP} has no forward-mode derivative; take reverse mode (backward, torch.autograd.grad)")
+
 
 def _autograd(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x, _weight, lora_A, lora_B = arguments[:4]
-    if any_requires_grad(x, lora_A, lora_B):
+    if differentiated(x, lora_A, lora_B):
         return _ProjectedLora.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_op(*arguments)
@@ -373,7 +377,7 @@ def projected_lora(
 
     Raises:
         TypeError: dtypes of x, weight and bias differ or are not floating. ValueError: a shape, device or dropout
-            that does not fit. RuntimeError: second derivatives are asked for.
+            that does not fit. RuntimeError: second or forward-mode derivatives are asked for.
 
     Source: GuardSpace (arXiv 2510.14301), with the projector folded into A: (x P) Aᵀ = x (A P)ᵀ.
     """
