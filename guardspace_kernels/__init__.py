@@ -15,8 +15,9 @@ from guardspace_kernels.dispatch import use_backend
 
 if TYPE_CHECKING:
     from guardspace_kernels import nn
-    from guardspace_kernels.guard.certificate import DriftExceededError, DriftReport, certify
+    from guardspace_kernels.guard.certificate import certify
     from guardspace_kernels.guard.collection import collect_statistics
+    from guardspace_kernels.guard.drift import DriftExceededError, DriftReport
     from guardspace_kernels.guard.export import ExportReport, export_lora
     from guardspace_kernels.guard.plan import GuardConfig, GuardPlan
     from guardspace_kernels.guard.planning import plan_guard
@@ -38,8 +39,8 @@ _LAZY = {
     "GuardPlan": "guard.plan",
     "plan_guard": "guard.planning",
     "attach_guard": "integrations.peft",
-    "DriftExceededError": "guard.certificate",
-    "DriftReport": "guard.certificate",
+    "DriftExceededError": "guard.drift",
+    "DriftReport": "guard.drift",
     "certify": "guard.certificate",
     "ExportReport": "guard.export",
     "export_lora": "guard.export",

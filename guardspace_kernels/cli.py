@@ -171,7 +171,8 @@ def _add_certify(commands: Any) -> None:
         "how far a trained adapter moves outputs on harmful prompts",
         "Computes the drift of every layer's output on the calibration prompts from their statistics, exactly; with\n"
         "--heldout also measures it on other prompts. With --plan the adapter must lie in the plan's null space.\n"
-        "Exits with 1 if a layer drifts by more than --max-drift.",
+        "Exits with 1 if a layer drifts by more than --max-drift, or if nothing is promised: where a weight beside\n"
+        "the adapter is not the base model's, or a number is not finite.",
         "guardspace certify MODEL adapter/ stats.safetensors --plan plan.safetensors --max-drift 0.05",
     )
     certify.add_argument("adapter", help="folder of save_pretrained, a PEFT LoRA")

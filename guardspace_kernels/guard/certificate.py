@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from guardspace_kernels.arguments import instance, integer, iterable, number
-from guardspace_kernels.guard.atomic import write_text
 from guardspace_kernels.guard.batches import (
     Batch,
     check_ids,
@@ -24,20 +21,18 @@ from guardspace_kernels.guard.batches import (
     to_device,
     with_answers,
 )
-from guardspace_kernels.guard.fingerprint import ModelFingerprint
+from guardspace_kernels.guard.drift import DriftExceededError, DriftReport, HeldOut, LayerDrift
+from guardspace_kernels.guard.fingerprint import ROUNDED, ModelFingerprint
 from guardspace_kernels.guard.layers import adapted_base, is_conv1d, linear_weight, named_submodules, peft_model
+from guardspace_kernels.guard.null_space import is_finite
+from guardspace_kernels.guard.plan import GuardPlan
 from guardspace_kernels.guard.routing import Routing
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 from guardspace_kernels.nn import NullSpaceProjector, ProjectedLoraLinear
 from guardspace_kernels.ops import squared_drift
 
-
-class DriftExceededError(RuntimeError):
-    """A layer drifts by more than ``max_drift``; ``report`` holds the whole :class:`DriftReport`."""
-
-    def __init__(self, message: str, report: DriftReport) -> None:
-        super().__init__(message)
-        self.report = report
+#: What rounding A P to its dtype leaves outside the null space, ‖A − A P‖ / ‖A‖, with a wide margin.
+LEAK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,8 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Name in the base model -> adapted layer, for guarded layers and for plain PEFT LoRA layers.
 
     Raises:
-        ValueError: several models with adapters, adapters outside of the one, a merged or non-finite adapter.
+        ValueError: several models with adapters, adapters outside of the one, a merged or non-finite adapter, one that
+            is no plain LoRA of a Linear or Conv1D.
     """
     found = {}
     named = dict(named_submodules(adapted_base(model)))
@@ -100,11 +96,17 @@ def _peft_layer(name: str, module: Any) -> AdaptedLayer:
         return AdaptedLayer(
             module, module.base_weight(), F, G, module.A.dtype, module.projector, module.fan_in_fan_out
         )  # fmt: skip
+    if not (isinstance(base, nn.Linear) or is_conv1d(base)):
+        raise ValueError(
+            f"layer {name}: its adapter changes a {type(base).__name__}; only those of Linear and Conv1D can be judged"
+        )
     active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
     if len(active) != 1:
         raise ValueError(f"layer {name}: exactly one LoRA adapter must be active, got {active}")
     if getattr(module, "lora_variant", {}).get(active[0]) is not None:
         raise ValueError(f"layer {name}: only plain LoRA changes the weight by B A; DoRA and other variants do not")
+    if module.lora_B[active[0]].bias is not None:
+        raise ValueError(f"layer {name}: its adapter has a bias (lora_bias), which moves every output; train without")
     A, B = module.lora_A[active[0]].weight.detach(), module.lora_B[active[0]].weight.detach()
     F, G = module.scaling[active[0]] * B.float(), A.float()
     return AdaptedLayer(module, linear_weight(base).detach(), F, G, A.dtype, None, is_conv1d(base))
@@ -126,101 +128,10 @@ def relative_drift(F: torch.Tensor, G: torch.Tensor, weight: torch.Tensor, covar
 
 
 def _ratio(numerator: float, denominator: float) -> float:
-    return math.sqrt(numerator / denominator) if denominator > 0 else (0.0 if numerator == 0 else math.inf)
-
-
-@dataclass
-class LayerDrift:
-    """One layer's drift.
-
-    Attributes:
-        drift: ``‖ΔW X‖_F / ‖W X‖_F`` on the calibration tokens, exact.
-        bound: ``‖ΔW‖₂ · √tr(P C) / ‖W X‖_F``, which holds, up to the rounding of the basis (1e-6), for any adapter of
-            the same norm under the same plan.
-        sink_drift: the largest ``‖ΔW s‖ / ‖W s‖`` over the first-token inputs s.
-        heldout_drift: ``‖ΔW x‖ / ‖W x‖`` (root of the ratio of sums) measured on held-out tokens, or None.
-        heldout_outside: ``‖P x‖ / ‖x‖`` likewise: how much of a held-out input the plan did not protect, or None. Both
-            are None for an expert that no held-out token reached.
-    """
-
-    name: str
-    drift: float
-    bound: float
-    sink_drift: float
-    heldout_drift: float | None = None
-    heldout_outside: float | None = None
-
-
-@dataclass
-class HeldOut:
-    """What held-out prompts show of the whole model, at the positions where the base model's own answer is decided.
-
-    Attributes:
-        kl: mean KL(base ‖ adapted) of the next-token distribution, in nats.
-        answer_logprob_change: mean change, per prompt, of the log-probability of the base model's own answer.
-    """
-
-    prompts: int
-    positions: int
-    kl: float
-    answer_logprob_change: float
-
-
-@dataclass
-class DriftReport:
-    """What :func:`certify` returns: a statement about activations and next-token distributions, never "safe"."""
-
-    layers: list[LayerDrift]
-    tokens: int
-    prompts: int
-    model: str
-    heldout: HeldOut | None = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def worst(self) -> LayerDrift:
-        """The layer with the largest drift, sink included."""
-        return max(self.layers, key=lambda layer: max(layer.drift, layer.sink_drift))
-
-    @property
-    def max_drift(self) -> float:
-        return max(self.worst.drift, self.worst.sink_drift)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"max_drift": self.max_drift, **asdict(self)}
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """As JSON, atomically."""
-        write_text(path, json.dumps(self.to_dict(), indent=2))
-
-    def __str__(self) -> str:
-        width = max(len(layer.name) for layer in self.layers)
-        head = f"{'layer':{width}}  {'drift':>9} {'bound':>9} {'sink':>9}"
-        if self.heldout:
-            head += f" {'held-out':>9} {'outside':>9}"
-        lines = [head]
-        for layer in self.layers:
-            row = f"{layer.name:{width}}  {layer.drift:9.2e} {layer.bound:9.2e} {layer.sink_drift:9.2e}"
-            if layer.heldout_drift is not None:
-                row += f" {layer.heldout_drift:9.2e} {layer.heldout_outside:9.2e}"
-            lines.append(row)
-        return "\n".join([*lines, self.summary()])
-
-    def summary(self) -> str:
-        """The report in a few lines."""
-        mean = sum(layer.drift for layer in self.layers) / len(self.layers)
-        lines = [
-            f"drift on {self.tokens} calibration tokens of {self.prompts} prompts (first tokens apart): "
-            f"mean {mean:.2e}, worst {self.max_drift:.2e} at {self.worst.name}"
-        ]
-        if self.heldout:
-            measured = [layer.heldout_drift for layer in self.layers if layer.heldout_drift is not None] or [0.0]
-            lines.append(
-                f"on {self.heldout.prompts} held-out prompts: mean drift {sum(measured) / len(measured):.2e}, "
-                f"next-token KL {self.heldout.kl:.3g} nats, log-probability of the base model's own answers "
-                f"{self.heldout.answer_logprob_change:+.3g}"
-            )
-        return "\n".join([*lines, *self.notes])
+    """The root of their ratio; NaN where a sum overflowed on both sides or is NaN itself."""
+    if denominator != 0:
+        return math.sqrt(numerator / denominator)
+    return 0.0 if numerator == 0 else numerator * math.inf
 
 
 def certify(
@@ -228,6 +139,7 @@ def certify(
     stats: CalibrationStatistics,
     heldout: Iterable[Batch] | None = None,
     *,
+    plan: GuardPlan | None = None,
     answer_tokens: int = 12,
     max_drift: float | None = None,
 ) -> DriftReport:
@@ -237,17 +149,23 @@ def certify(
     ``‖W X‖_F² = tr(W C Wᵀ)``. X holds the calibration tokens but the first of each prompt, which are judged apart. The
     inputs X are the base model's: layers are judged one by one, each at the inputs that the base model feeds it.
 
+    All other weights are compared with those of the model that the statistics were collected on. If one differs, the
+    report names it and promises nothing. Weights that were only rounded, by casting the model, are noted.
+
     Args:
         model: a guarded model, or a plain PEFT LoRA on the same base model for comparison.
         stats: the statistics that the plan was made from, or others of the same base model.
         heldout: batches of prompts of the same kind that were not in ``stats``. Adds measured drift per layer, the
             next-token KL to the base model and the change of the log-probability of the base model's own answers.
+        plan: of a plain LoRA that was exported from a guarded model: it must lie in the plan's null space.
         answer_tokens: length of those answers.
-        max_drift: raise if a layer drifts by more.
+        max_drift: raise if a layer drifts by more, or if nothing is promised (:meth:`DriftReport.failure`).
 
     Raises:
         DriftExceededError: see ``max_drift``; names the worst layer and carries the report.
-        ValueError: no adapted layer, no statistics for one, or statistics of other weights; names the layer.
+        ValueError: no adapted layer, one whose adapter is merged or switched off, or outside of ``plan``; no statistics
+            for one, statistics of other weights, non-finite or zero ones; ``heldout`` for a model whose base weights
+            changed. The message names the layer or weight.
 
     Source: GuardSpace's null-space condition (arXiv 2510.14301), turned into a number.
     """
@@ -255,47 +173,121 @@ def certify(
     instance("stats", stats, CalibrationStatistics, "a CalibrationStatistics")
     if heldout is not None:
         iterable("heldout", heldout, "a list, or another iterable, of batches")
+    if plan is not None:
+        instance("plan", plan, GuardPlan, "a GuardPlan")
     answer_tokens = integer("answer_tokens", answer_tokens, 1)
     if max_drift is not None:
         max_drift = number("max_drift", max_drift, "a number of 0 or more", lambda x: x >= 0)
     layers, model = adapted_layers(model), peft_model(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapted layer; nothing to certify")
-    check_statistics(model, layers, stats)
+    off = [name for name, layer in layers.items() if getattr(layer.module, "disable_adapters", False)]
+    if off:
+        raise ValueError(f"layer {off[0]}: its adapter is switched off; certify the model as it will be used")
+    plan = _plan_for(model, plan)
+    if plan is not None:
+        layers = {name: _under_plan(name, layer, plan) for name, layer in layers.items()}
+    changes = check_statistics(model, layers, stats, plan)
     rows = [_certify_layer(name, layer, stats.for_layer(name)) for name, layer in layers.items()]
     tokens = max(entry.tokens for entry in stats.inputs)
     report = DriftReport(rows, tokens, stats.prompts, stats.fingerprint.model)
-    if any(layer.projector is None for layer in layers.values()):
-        report.notes.append("no projector: an ordinary adapter, whose drift is bounded only by its norm")
-    left_out = getattr(getattr(model, "guard_plan", None), "left_out", {})
-    if left_out:
-        report.notes.append(f"{len(left_out)} layers are left out of the plan and stay frozen")
-    blank = sum(stats.for_layer(name).tokens == 0 for name in layers)
-    if blank:
-        report.notes.append(f"{blank} layers read none of the calibration tokens: their drift says nothing")
+    report.changed = {name: what for name, what in changes.items() if not what.startswith(ROUNDED)}
+    _add_notes(report, layers, stats, plan, changes)
     if heldout is not None:
+        if report.changed:
+            _require_base(model, layers, stats)
         _measure_heldout(model, layers, {row.name: row for row in rows}, heldout, answer_tokens, report)
-    if max_drift is not None and not report.max_drift <= max_drift:
-        raise DriftExceededError(
-            f"layer {report.worst.name} drifts by {report.max_drift:.2e} on harmful prompts, above max_drift = "
-            f"{max_drift:.2e}",
-            report,
-        )
+    failure = report.failure(max_drift)
+    if max_drift is not None and failure:
+        raise DriftExceededError(failure, report)
     return report
 
 
-def check_statistics(model: nn.Module, layers: dict[str, AdaptedLayer], stats: CalibrationStatistics) -> dict[str, str]:
+def _plan_for(model: nn.Module, plan: GuardPlan | None) -> GuardPlan | None:
+    """The plan of a guarded model, or the one given for a plain LoRA."""
+    own: GuardPlan | None = getattr(model, "guard_plan", None)
+    if own is not None and plan is not None and own.fingerprint != plan.fingerprint:
+        raise ValueError("the model is guarded by another plan than the one given; leave plan out")
+    return own or plan
+
+
+def _under_plan(name: str, layer: AdaptedLayer, plan: GuardPlan) -> AdaptedLayer:
+    """The layer with its projector; ValueError if its adapter acts outside of the null space."""
+    if layer.projector is not None:
+        return layer
+    if name not in plan.layers:
+        raise ValueError(f"layer {name} carries an adapter, but the plan has none for it")
+    space = plan.space_of(name)
+    if space is None:
+        return layer
+    projector = NullSpaceProjector(space.basis.to(layer.G.device), space.complement)
+    outside = layer.G - projector.project_(layer.G.clone())
+    leak = float(outside.norm() / layer.G.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    if not leak <= LEAK_TOLERANCE[layer.dtype]:
+        raise ValueError(
+            f"layer {name}: the adapter acts outside the null space (‖A Q‖/‖A‖ = {leak:.1e}); it was not trained under "
+            "this plan, or the file was altered"
+        )
+    return replace(layer, projector=projector)
+
+
+def _add_notes(
+    report: DriftReport,
+    layers: dict[str, AdaptedLayer],
+    stats: CalibrationStatistics,
+    plan: GuardPlan | None,
+    changes: dict[str, str],
+) -> None:
+    if any(layer.projector is None for layer in layers.values()):
+        report.notes.append("no projector: an ordinary adapter, whose drift is bounded only by its norm")
+    if plan is not None and plan.left_out:
+        report.notes.append(f"{len(plan.left_out)} layers are left out of the plan and stay frozen")
+    blank = sum(stats.for_layer(name).tokens == 0 for name in layers)
+    if blank == len(layers):
+        raise ValueError("no adapted layer read a calibration token, so that nothing can be told; collect on others")
+    if blank:
+        report.notes.append(f"{blank} layers read none of the calibration tokens: their drift says nothing")
+    rounded = [what.removeprefix(ROUNDED) for what in changes.values() if what.startswith(ROUNDED)]
+    if rounded:
+        report.notes.append(
+            f"{len(rounded)} base weights were rounded to {' and '.join(sorted(set(rounded)))} after the statistics "
+            "were collected: drift is what the adapter does to the rounded model, at inputs of the one before; what "
+            "rounding itself does is not in it, nor in numbers on held-out prompts"
+        )
+
+
+def check_statistics(
+    model: nn.Module, layers: dict[str, AdaptedLayer], stats: CalibrationStatistics, plan: GuardPlan | None = None
+) -> dict[str, str]:
     """ValueError unless the statistics are of these layers and of the base model's weights; names the layer.
 
     Returns:
-        What became of the other weights since the statistics were collected, by name; and of these, where the model was
-        cast to a narrower dtype. See :meth:`ModelFingerprint.differences`.
+        What became of the other weights since the statistics were collected, by name, and of all weights that were
+        rounded; see :meth:`ModelFingerprint.differences`.
     """
     for name in layers:
         if name not in stats.layers:
             raise ValueError(f"layer {name} has no statistics; collect them with it in target_modules")
+    found = _base_differences(model, layers, stats, adapted=True)
+    for name in layers:
+        difference = found.get(f"{name}.weight", "")
+        if difference and not difference.startswith(ROUNDED):
+            raise ValueError(
+                f"layer {name}: its base weight is not the one the statistics were collected on ({difference}); "
+                "collect them again"
+            )
+    plan = _plan_for(model, plan)
+    if plan is not None:
+        plan.model.check(stats.fingerprint.restricted(layers), "the statistics")
+    return found
+
+
+def _base_differences(
+    model: nn.Module, layers: dict[str, AdaptedLayer], stats: CalibrationStatistics, adapted: bool
+) -> dict[str, str]:
     mine = stats.fingerprint.restricted(layers)
-    found = mine.differences(ModelFingerprint.of(model, list(layers), version=mine.version, adapted=True))
+    now = ModelFingerprint.of(peft_model(model), list(layers), version=mine.version, adapted=adapted)
+    found = mine.differences(now)
     for name, layer in layers.items():
         module: Any = layer.module
         if getattr(module, "weight_is_residual", False):
@@ -303,20 +295,37 @@ def check_statistics(model: nn.Module, layers: dict[str, AdaptedLayer], stats: C
             found.pop(f"{name}.weight", None)
             if residual := module.residual_difference():
                 found[f"{name}.weight"] = residual
-        difference = found.get(f"{name}.weight", "")
-        if difference and not difference.startswith("rounded"):
-            raise ValueError(
-                f"layer {name}: its base weight is not the one the statistics were collected on ({difference}); "
-                "collect them again"
-            )
-    plan = getattr(model, "guard_plan", None)
-    if plan is not None:
-        plan.model.check(mine, "the statistics")
     return found
+
+
+def _require_base(model: nn.Module, layers: dict[str, AdaptedLayer], stats: CalibrationStatistics) -> None:
+    """ValueError unless the model is the base model while its adapter is switched off."""
+    found = _base_differences(model, layers, stats, adapted=False)
+    name = next((name for name, what in found.items() if not what.startswith(ROUNDED)), None)
+    if name is not None:
+        raise ValueError(
+            f"heldout compares with the base model, but {name} ({found[name]}) is not the base model's, and is not put "
+            "back while the adapter is switched off; certify without heldout"
+        )
+
+
+def _check_entry(name: str, entry: InputStatistics, covariance: torch.Tensor) -> None:
+    """ValueError where no drift can be told from the statistics: every adapter would pass, or none."""
+    if not (is_finite(covariance) and is_finite(entry.sinks)):
+        raise ValueError(f"layer {name}: the statistics hold non-finite values; collect them again")
+    if entry.tokens == 0 and not entry.routed:
+        raise ValueError(f"layer {name}: no token was counted; collect statistics on longer prompts")
+    diagonal = covariance.diagonal()
+    if bool((diagonal < 0).any()) or (entry.tokens > 0 and not bool((diagonal > 0).any())):
+        raise ValueError(
+            f"layer {name}: the statistics of {entry.tokens} tokens have "
+            f"{'a negative variance' if bool((diagonal < 0).any()) else 'no energy'}; collect them again"
+        )
 
 
 def _certify_layer(name: str, layer: AdaptedLayer, entry: InputStatistics) -> LayerDrift:
     covariance = entry.covariance_on(layer.weight.device)
+    _check_entry(name, entry, covariance)
     output = squared_output(layer.weight, covariance)
     free_energy = float(covariance.double().trace())
     if layer.projector is not None:
@@ -378,7 +387,9 @@ def _measure_heldout(
                         handle.remove()
             ours = _last_logprobs(model, batch, answered)
             answers, counted = batch["input_ids"][:, -answered:], mask[:, -answered:]
-            kl += float(((base.exp() * (base - ours)).sum(dim=-1) * counted).sum())
+            # A token that the base model excludes adds nothing, though its logarithm is infinite.
+            terms = torch.where(base.isneginf(), 0.0, base.exp() * (base - ours))
+            kl += float((terms.sum(dim=-1) * counted).sum())
             picked = (ours - base).gather(2, answers[..., None]).squeeze(2)
             change += float((picked * counted).sum())
             positions += int(counted.sum())

@@ -15,6 +15,8 @@ from guardspace_kernels.guard.weights import weights_of
 
 #: Of the fingerprints that are made now. Those of version 1 marked the bits of parameters, whatever dtype held them.
 VERSION = 2
+#: How :meth:`TensorMark.difference` begins where a cast to a narrower dtype made it.
+ROUNDED = "rounded to "
 _TABLE_WIDTH = 512
 # From narrow to wide: every value of the first two is one of the third, and that one of the fourth.
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -137,7 +139,7 @@ class TensorMark:
             return f"resized from {original.shape} to {self.shape}"
         for dtype in self.exact:
             if original.hashes.get(dtype) == self.hashes[dtype]:
-                return f"rounded to {dtype}"
+                return f"{ROUNDED}{dtype}"
         return "changed"
 
 

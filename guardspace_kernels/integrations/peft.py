@@ -16,10 +16,11 @@ from torch.nn.modules.module import _IncompatibleKeys
 from guardspace_kernels.arguments import choice, instance
 from guardspace_kernels.guard.adapter_folder import ADAPTER_WEIGHTS, GUARD_FILE, read_adapter, write_adapter
 from guardspace_kernels.guard.attach import LayerGuard, compute_device, layer_guards, undone_on_failure
+from guardspace_kernels.guard.certificate import LEAK_TOLERANCE
 from guardspace_kernels.guard.export import peft_key, plain_lora, target_modules
 from guardspace_kernels.guard.layers import is_conv1d, named_submodules, unwrapped
 from guardspace_kernels.guard.plan import GuardPlan
-from guardspace_kernels.integrations.peft_layer import LEAK_TOLERANCE, GuardedLinear, kept_adapter, second_adapter
+from guardspace_kernels.integrations.peft_layer import GuardedLinear, kept_adapter, second_adapter
 from guardspace_kernels.integrations.peft_state import (
     agree,
     check_factors,

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from guardspace_kernels.integrations.peft_layer import LEAK_TOLERANCE, GuardedLinear
+from guardspace_kernels.guard.certificate import LEAK_TOLERANCE
+from guardspace_kernels.integrations.peft_layer import GuardedLinear
 
 _EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 

@@ -391,3 +391,251 @@ def test_json_and_table(heldout, tmp_path, monkeypatch):
     if heldout:
         assert f"next-token KL {report.heldout.kl:.3g} nats" in report.summary()
     assert "safe" not in str(report)
+
+
+def beside(guarded, name):
+    """A parameter of the base model in a guarded one."""
+    return guarded.get_base_model().get_parameter(name)
+
+
+TRAINED = {
+    "norm": (["model.norm.weight"], {"model.norm.weight": "changed"}),
+    "embedding": (["model.embed_tokens.weight"], {"model.embed_tokens.weight": "changed"}),
+    "head": (["lm_head.weight"], {"lm_head.weight": "changed"}),
+    "two": (["lm_head.weight", "model.norm.weight"], {"lm_head.weight": "changed", "model.norm.weight": "changed"}),
+}
+
+
+@pytest.mark.parametrize("residual", ["virtual", "frozen"])
+@pytest.mark.parametrize("kind", TRAINED)
+def test_what_is_trained_beside_the_adapter_is_named_and_nothing_is_promised(kind, residual, tmp_path):
+    trained, changed = TRAINED[kind]
+    model = tiny_llama()
+    stats = collect(model)
+    guarded = gk.attach_guard(model, plan_for(model, stats), residual=residual)
+    assert gk.certify(guarded, stats, max_drift=1e-5).changed == {}
+    with torch.no_grad():
+        for name in trained:
+            beside(guarded, name).add_(1e-2)
+    report = gk.certify(guarded, stats)
+    assert report.changed == changed and report.max_drift < 1e-5
+    wanted = f"the model differs from the base model in {', '.join(f'{n} (changed)' for n in changed)} beside the "
+    assert wanted + "adapter: nothing is promised of this model" in str(report)
+    report.save(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["changed"] == changed
+    with pytest.raises(gk.DriftExceededError, match=r"differs from the base .*: nothing is promised") as caught:
+        gk.certify(guarded, stats, max_drift=1e9)
+    assert caught.value.report.changed == changed
+    first = next(iter(changed))
+    with pytest.raises(ValueError, match=rf"heldout compares with the base model, but {first} \(changed\) is"):
+        gk.certify(guarded, stats, heldout=[batch_of(HELD_OUT)])
+
+
+def test_a_trained_bias_and_a_resized_embedding_are_named():
+    model = tiny_gpt2()
+    stats = collect(model)
+    guarded = gk.attach_guard(model, plan_for(model, stats))
+    with torch.no_grad():
+        guarded.guarded_layers()["transformer.h.0.attn.c_attn"].get_base_layer().bias[3] += 1e-3
+    assert gk.certify(guarded, stats).changed == {"transformer.h.0.attn.c_attn.bias": "changed"}
+    model = tiny_llama()
+    guarded = gk.attach_guard(model, plan_for(model, stats := collect(model)))
+    guarded.resize_token_embeddings(64)
+    shapes = "resized from (60, 32) to (64, 32)"
+    report = gk.certify(guarded, stats)
+    assert report.changed == {"lm_head.weight": shapes, "model.embed_tokens.weight": shapes}
+    assert report.failure(1e9)
+
+
+def test_buffers_count_for_the_certificate():
+    model = PlainModel()
+    model.norm = torch.nn.BatchNorm1d(4)
+    stats = collect(model)
+    guarded = gk.attach_guard(model, plan_for(model, stats))
+    guarded.get_base_model().norm.running_mean[0] = 1.0
+    assert gk.certify(guarded, stats).changed == {"norm.running_mean": "changed"}
+
+
+@pytest.mark.parametrize("extra", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5]}])
+def test_trained_copies_and_rows_are_changes_while_they_are_active(extra):
+    base = tiny_llama()
+    stats = collect(base)
+    plain = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=3, target_modules=["q_proj"], **extra))
+    assert gk.certify(plain, stats, max_drift=1e9).changed == {}  # as long as they are what they replace
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "modules_to_save" in name or "trainable_tokens_delta" in name:
+                parameter.mul_(1.5)
+    name = "lm_head.weight" if "modules_to_save" in extra else "model.embed_tokens.weight"
+    # The base model is there while the adapter is off, so that held-out numbers are against it.
+    report = gk.certify(plain, stats, heldout=[batch_of(HELD_OUT)], answer_tokens=2)
+    assert report.changed == {name: "changed"} and report.heldout.kl > 1e-3
+    with pytest.raises(gk.DriftExceededError, match=rf"in {name} \(changed\) beside the adapter"):
+        gk.certify(plain, stats, max_drift=1e9)
+
+
+def test_other_adapters_beside_the_guard_are_named():
+    model = tiny_llama()
+    stats = collect(model)
+    guarded = gk.attach_guard(model, plan_for(model, stats))
+    prompted = peft.get_peft_model(guarded, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert "prompt_encoder.default.embedding.weight" in gk.certify(prompted, stats).changed
+    plain = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    plain.base_model.model.model.layers[0].mlp.extra = torch.nn.Linear(2, 2, bias=False)
+    assert gk.certify(plain, stats).changed == {"model.layers.0.mlp.extra.weight": "added"}
+
+
+@pytest.mark.parametrize(
+    "config, match",
+    [
+        ({"target_modules": ["q_proj"], "lora_bias": True}, r"q_proj: its adapter has a bias \(lora_bias\)"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, r"model\.embed_tokens: its adapter changes a Embedding; only"),
+    ],
+)
+def test_adapters_that_are_no_low_rank_change_of_a_weight_are_refused(config, match):
+    stats = collect(tiny_llama())
+    plain = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**config))
+    with pytest.raises(ValueError, match=match):
+        gk.certify(plain, stats)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("init", ["balanced", "zero"])
+def test_a_guarded_model_that_was_cast_is_certified(dtype, init):
+    model = tiny_llama()
+    stats = collect(model)
+    guarded = perturb(gk.attach_guard(model, plan_for(model, stats, init=init))).to(dtype)
+    report = gk.certify(guarded, stats, heldout=[batch_of(HELD_OUT)], answer_tokens=2, max_drift=10.0)
+    (note,) = report.notes
+    name = str(dtype).removeprefix("torch.")
+    assert note.startswith("16 base weights were rounded to " + name) and report.changed == {}
+    # The numbers are those of the weights as they are: ΔW of the rounded factors against the rounded W.
+    made = hand_made(tiny_llama(), PROMPTS, stats.layers)
+    rounded = tiny_llama().to(dtype)
+    for row in report.layers:
+        layer = guarded.guarded_layers()[row.name]
+        F, G = (t.double() for t in layer.delta_factors())
+        X, W = made[row.name][0], weight_of(rounded, row.name)
+        assert row.drift == pytest.approx(ratio(X @ (F @ G).T, X @ W.T), rel=1e-4)
+    with torch.no_grad():  # what was changed beyond the cast still counts
+        beside(guarded, "lm_head.weight")[0, 0] += 1.0
+    assert gk.certify(guarded, stats).changed == {"lm_head.weight": "changed"}
+
+
+def test_a_guarded_model_that_was_widened_is_certified_as_before():
+    model = tiny_llama(dtype=torch.bfloat16)
+    stats = collect(model)
+    guarded = perturb(gk.attach_guard(model, plan_for(model, stats)))
+    before = gk.certify(guarded, stats)
+    after = gk.certify(guarded.float(), stats, max_drift=10.0)
+    assert after.notes == [] and after.changed == {}
+    assert after.max_drift == pytest.approx(before.max_drift, rel=1e-4)
+
+
+def altered(stats, change):
+    """Statistics of which each entry was changed."""
+    copied = copy.deepcopy(stats)
+    for entry in copied.inputs:
+        change(entry)
+    return copied
+
+
+def poisoned(value, where=(0, 0)):
+    def change(entry):
+        C = entry.covariance
+        C[where] = C[where[::-1]] = value
+        entry.covariance = C
+
+    return change
+
+
+def no_tokens(entry):
+    entry.tokens, entry.covariance = 0, torch.zeros_like(entry.covariance)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (poisoned(math.nan), "q_proj: the statistics hold non-finite values; collect them again"),
+        (poisoned(math.inf, (3, 5)), "q_proj: the statistics hold non-finite values"),
+        (lambda entry: entry.sinks.fill_(math.nan), "q_proj: the statistics hold non-finite values"),
+        (poisoned(-1.0), "q_proj: the statistics of 19 tokens have a negative variance"),
+        (
+            lambda entry: setattr(entry, "covariance", torch.zeros_like(entry.covariance)),
+            "q_proj: the statistics of 19 tokens have no energy",
+        ),
+        (no_tokens, "q_proj: no token was counted"),
+    ],
+)
+@pytest.mark.parametrize("bound", [None, 1e9])
+def test_statistics_that_tell_nothing_certify_nothing(change, match, bound):
+    model = tiny_llama()
+    stats = collect(model)
+    guarded = perturb(gk.attach_guard(model, plan_for(model, stats)))
+    with pytest.raises(ValueError, match=rf"layer model\.layers\.0\.self_attn\.{match}"):
+        gk.certify(guarded, altered(stats, change), max_drift=bound)
+
+
+def test_adapters_that_are_switched_off_certify_nothing():
+    model = tiny_llama()
+    stats = collect(model)
+    guarded = perturb(gk.attach_guard(copy.deepcopy(model), plan_for(model, stats)))
+    plain = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    for adapted in (guarded, plain):
+        with (
+            adapted.disable_adapter(),
+            pytest.raises(ValueError, match=r"q_proj: its adapter is switched off; certify"),
+        ):
+            gk.certify(adapted, stats, max_drift=1e9)
+        gk.certify(adapted, stats)
+
+
+def test_a_layer_that_overflows_exceeds_any_bound():
+    model = tiny_llama()
+    stats = collect(model)
+    guarded = gk.attach_guard(model, plan_for(model, stats))
+    with torch.no_grad():
+        layer = guarded.guarded_layers()["model.layers.1.self_attn.q_proj"]
+        layer.A.fill_(1e30)
+        layer.B.fill_(1e30)
+    assert gk.certify(guarded, stats).worst.name == "model.layers.1.self_attn.q_proj"
+    with pytest.raises(gk.DriftExceededError, match=r"model\.layers\.1\.self_attn\.q_proj drifts by"):
+        gk.certify(guarded, stats, max_drift=1e9)
+
+
+def test_a_token_that_the_base_model_excludes_adds_nothing_to_the_divergence():
+    model = tiny_llama()
+    stats = collect(model)
+    guarded = perturb(gk.attach_guard(model, plan_for(model, stats)))
+
+    def exclude(_module, _args, logits):
+        logits[..., 7] = -math.inf
+        return logits
+
+    guarded.get_base_model().lm_head.register_forward_hook(exclude)
+    report = gk.certify(guarded, stats, heldout=[batch_of(HELD_OUT)], answer_tokens=2)
+    assert 1e-4 < report.heldout.kl < 10 and report.failure() == ""
+
+
+def test_an_exported_lora_is_certified_under_its_plan(tmp_path):
+    model = tiny_llama()
+    stats = collect(model)
+    plan = plan_for(model, stats)
+    guarded = perturb(gk.attach_guard(copy.deepcopy(model), plan))
+    gk.export_lora(guarded, tmp_path)
+    plain = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    ours, theirs = gk.certify(guarded, stats), gk.certify(plain, stats, plan=plan, max_drift=10.0)
+    assert theirs.notes == []
+    for a, b in zip(ours.layers, theirs.layers, strict=True):
+        assert b.drift == pytest.approx(a.drift, rel=1e-4) and b.bound == pytest.approx(a.bound, rel=1e-4)
+    some = plan_for(model, collect(model, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="k_proj carries an adapter, but the plan has none for it"):
+        gk.certify(plain, stats, plan=some)
+    with pytest.raises(ValueError, match="guarded by another plan than the one given; leave plan out"):
+        gk.certify(guarded, stats, plan=some)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "layers.1.mlp.up_proj.lora_A" in name:
+                parameter.add_(0.05)
+    with pytest.raises(ValueError, match=r"up_proj: the adapter acts outside the null space .*not trained under this"):
+        gk.certify(plain, stats, plan=plan)
