@@ -48,14 +48,27 @@ class AdaptedLayer:
     fan_in_fan_out: bool
 
     def leak(self, F: torch.Tensor, G: torch.Tensor) -> float:
-        """``‖F G (I − P)‖_F / ‖F G‖_F``; 0 for a layer without a projector, which promises nothing."""
-        if self.projector is None:
+        """``‖F G (I − P)‖_F / ‖F G‖_F`` of this layer's factors as they were rounded; 0 for a layer without a
+        projector, which promises nothing, and for one that has not moved, where both norms are rounding errors."""
+        if self.projector is None or not self.moved:
             return 0.0
         F, G = F.double(), G.double()
         outside = G - self.projector.project_(G.clone())
-        gram = F.T @ F
-        size = ((gram @ G) * G).sum()
-        return math.sqrt(max(float(((gram @ outside) * outside).sum()), 0.0) / float(size)) if size > 0 else 0.0
+        size = _squared_norm(F, G)
+        return math.sqrt(_squared_norm(F, outside) / size) if size > 0 else 0.0
+
+    @property
+    def moved(self) -> bool:
+        """Whether ΔW is more than what rounding the adapter leaves of ``s·BA − s·B₀A₀`` at its start."""
+        F, G = self.F.double(), self.G.double()
+        summands = float((F.square().sum(dim=0) * G.square().sum(dim=1)).sum())
+        rounding = max(torch.finfo(self.dtype).eps, 1e-6)  # bases are orthonormal to float32, whatever A is in
+        return _squared_norm(F, G) > rounding**2 * summands
+
+
+def _squared_norm(F: torch.Tensor, G: torch.Tensor) -> float:
+    """``‖F G‖_F²``."""
+    return max(float(((F.T @ F @ G) * G).sum()), 0.0)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,12 +15,19 @@ from torch import nn
 from guardspace_kernels.arguments import instance, shown, writable_folder
 from guardspace_kernels.guard.adapter_folder import ADAPTER_CONFIG, write_adapter
 from guardspace_kernels.guard.atomic import write_text
+from guardspace_kernels.guard.beside import check_trained, check_unchanged, weights_beside
 from guardspace_kernels.guard.certificate import adapted_layers, check_statistics, relative_drift
-from guardspace_kernels.guard.layers import adapted_base, named_submodules
+from guardspace_kernels.guard.layers import adapted_base
+from guardspace_kernels.guard.peft_description import auto_mapping, target_modules, task_type
+from guardspace_kernels.guard.plan import serving_remark
 from guardspace_kernels.guard.statistics import CalibrationStatistics
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+
+# Of an adapter's factors. PEFT casts others on loading, or cannot read them.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class ExportReport:
     """What rounding to the export dtype cost, per layer.
 
     Attributes:
-        leak: ``‖ΔW (I − P)‖_F / ‖ΔW‖_F`` of the rounded factors; 0 would be exact.
+        leak: ``‖ΔW (I − P)‖_F / ‖ΔW‖_F`` of the rounded factors; 0 would be exact, and is that of a layer that has not
+            moved.
         drift: ``‖ΔW X‖_F / ‖W X‖_F`` of the rounded factors on the calibration tokens, where statistics were given.
     """
 
@@ -42,7 +48,9 @@ class ExportReport:
 
     def __str__(self) -> str:
         text = f"rank-{self.rank} LoRA in {self.dtype} at {self.path}: worst leak {max(self.leak.values()):.1e}"
-        return text + (f", worst drift {max(self.drift.values()):.1e}" if self.drift else "")
+        text += f", worst drift {max(self.drift.values()):.1e}" if self.drift else ""
+        remark = serving_remark(self.rank)
+        return f"{text}; {remark}" if remark else text
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """As JSON, atomically."""
@@ -52,35 +60,6 @@ class ExportReport:
 def peft_key(layer: str, factor: str) -> str:
     """The name of a factor in PEFT's adapter file."""
     return f"base_model.model.{layer}.{factor}.weight"
-
-
-def target_modules(base: nn.Module, names: Sequence[str]) -> list[str] | str:
-    """How PEFT is told of these layers of the base model, and of no other module: by their last names, where those are
-    exact, or else by the full ones, or else by an expression (a full name is an ending too, for PEFT).
-
-    Exact by PEFT's own matching over all modules, of whatever kind: it refuses a file whose target catches a container.
-    """
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    known = list(_bare_names(base))
-    choices = (sorted({name.rsplit(".", 1)[-1] for name in names}), sorted(names))
-    for choice in choices:
-        config = LoraConfig(target_modules=choice)
-        if {name for name in known if check_target_module_exists(config, name)} == set(names):
-            return choice
-    return "|".join(re.escape(name) for name in names)
-
-
-def _bare_names(base: nn.Module) -> Iterator[str]:
-    """The names that the base model's modules have without adapters."""
-    inside: tuple[str, ...] = ()
-    for name, module in named_submodules(base):
-        if name.startswith(inside):
-            continue
-        if hasattr(module, "lora_A") or hasattr(module, "modules_to_save"):
-            inside += (f"{name}.",)
-        yield name
 
 
 def export_lora(
@@ -104,8 +83,10 @@ def export_lora(
         stats: adds the drift on the calibration tokens, after rounding, to the report.
 
     Raises:
-        ValueError: there is no guarded layer, an adapter that is not finite or overflows ``dtype``, or statistics of
-            other weights.
+        ValueError: there is no guarded layer, an adapter that is not finite or overflows ``dtype``, a ``dtype`` that is
+            not of 16, 32 or 64 floating-point bits, statistics of other weights, or something trainable or changed
+            that the files would not hold: they hold the adapter, ``modules_to_save``, and embeddings resized since
+            ``attach_guard``.
     """
     weights, config, report = plain_lora(model, path, dtype, stats)
     write_adapter(path, weights, config)
@@ -125,12 +106,17 @@ def plain_lora(
     path = writable_folder("path", path)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {shown(dtype)}")
+    if dtype not in (None, *_DTYPES):
+        raise ValueError(f"dtype must be torch.float32, float16, bfloat16 or float64, got {dtype}")
     if stats is not None:
         instance("stats", stats, CalibrationStatistics, "a CalibrationStatistics or None")
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no guarded layer; nothing to export")
-    tensors: dict[str, torch.Tensor] = {}
+    beside = weights_beside(model)
+    check_trained(model, beside)
+    check_unchanged(model, beside)
+    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in beside.items()}
     leak: dict[str, float] = {}
     drift: dict[str, float] = {}
     if stats is not None:
@@ -148,19 +134,29 @@ def plain_lora(
         if stats is not None:
             drift[name] = relative_drift(F, G, layer.weight, stats.for_layer(name).covariance)
     base = adapted_base(model)
+    task = task_type(base)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=target_modules(base, list(layers)),
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
         base_model_name_or_path=getattr(base, "name_or_path", None) or None,
-        task_type="CAUSAL_LM" if hasattr(base, "prepare_inputs_for_generation") else None,
+        task_type=task,
+        auto_mapping=auto_mapping(base, task),
+        **_trained_modules(base),
         inference_mode=True,
     )
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # a set's order changes from process to process
-    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for key, t in tensors.items() if key not in beside})
     return tensors, _config_text(config), ExportReport(os.fspath(path), "/".join(dtypes), rank, leak, drift)
+
+
+def _trained_modules(base: nn.Module) -> dict[str, Any]:
+    """What the configuration of the adapter says of the modules that are trained whole, or by rows."""
+    for config in getattr(base, "peft_config", {}).values():
+        return {name: getattr(config, name, None) for name in ("modules_to_save", "trainable_token_indices")}
+    return {}
 
 
 def _config_text(config: LoraConfig) -> str:

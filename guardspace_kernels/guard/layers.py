@@ -90,6 +90,21 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(module, "unshard") for module in model.modules())
 
 
+def sharding(model: nn.Module) -> str:
+    """What divided its parameters among processes; empty where each process has them whole."""
+    for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            return "FullyShardedDataParallel"
+        if hasattr(type(module), "unshard"):
+            return "fully_shard"
+        for parameter in module._parameters.values():
+            if hasattr(parameter, "ds_id"):
+                return "DeepSpeed ZeRO-3"
+            if hasattr(parameter, "full_tensor"):
+                return "a device mesh"
+    return ""
+
+
 def base_model(model: nn.Module) -> nn.Module:
     """The model under a PeftModel; any other model itself."""
     get_base_model = getattr(model, "get_base_model", None)

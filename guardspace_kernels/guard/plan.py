@@ -19,6 +19,21 @@ from guardspace_kernels.guard.safety_subspace import INITS
 _KIND = "guard plan"
 
 
+# The ranks that vLLM's --max-lora-rank can be set to. It serves adapters up to that, by default up to 16.
+_SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def serving_remark(rank: int) -> str:
+    """What a server must be told, or cannot do, for an exported adapter of this rank; empty up to vLLM's default."""
+    if rank > _SERVED_RANKS[-1]:
+        return (
+            f"servers refuse rank {rank} (vLLM takes at most {_SERVED_RANKS[-1]}): merge the adapter, or plan with a "
+            "lower rank"
+        )
+    needed = next(served for served in _SERVED_RANKS if served >= rank)
+    return f"vLLM needs --max-lora-rank {needed}" if needed > 16 else ""
+
+
 @dataclass(frozen=True)
 class GuardConfig:
     """How to guard.
@@ -176,6 +191,8 @@ class GuardPlan:
             f"{sum(shares) / len(shares):.1%} of the dimensions protected (from {min(shares):.1%} to {max(shares):.1%})"
         )
         text += f"; {warned} layers with warnings" if warned else ""
+        rank = self.config.rank * (2 if self.has_frozen else 1)
+        text += f"; exported as rank {rank}: {serving_remark(rank)}" if serving_remark(rank) else ""
         return text + (f"; {len(self.left_out)} layers left out, which stay frozen" if self.left_out else "")
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
+from guardspace_kernels.guard.layers import sharding
 from guardspace_kernels.ops import null_project_, projected_adamw_
 
 
@@ -177,6 +178,10 @@ def _guarded_layers(model: nn.Module) -> list[Any]:
     layers: list[Any] = [m for m in model.modules() if hasattr(m, "step_mode") and m.projector is not None]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no guarded layer; build it with attach_guard(model, plan)")
+    for inside in model.modules():
+        check = getattr(type(inside), "check_trainable", None)
+        if check is not None:
+            check(inside, sharding(model))
     if any(layer.step_mode for layer in layers):
         raise ValueError("the model is in step mode already; remove the first guard before adding another")
     return layers

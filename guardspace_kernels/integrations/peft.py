@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, LoraModel, PeftModel, PeftModelForCausalLM
+from peft import (
+    LoraConfig,
+    LoraModel,
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -16,9 +27,11 @@ from torch.nn.modules.module import _IncompatibleKeys
 from guardspace_kernels.arguments import choice, instance
 from guardspace_kernels.guard.adapter_folder import ADAPTER_WEIGHTS, GUARD_FILE, read_adapter, write_adapter
 from guardspace_kernels.guard.attach import LayerGuard, compute_device, layer_guards, undone_on_failure
+from guardspace_kernels.guard.beside import check_trained, note_weights, weights_beside
 from guardspace_kernels.guard.certificate import LEAK_TOLERANCE
-from guardspace_kernels.guard.export import peft_key, plain_lora, target_modules
-from guardspace_kernels.guard.layers import is_conv1d, named_submodules, unwrapped
+from guardspace_kernels.guard.export import peft_key, plain_lora
+from guardspace_kernels.guard.layers import is_conv1d, named_submodules, sharding, unwrapped
+from guardspace_kernels.guard.peft_description import target_modules, task_type
 from guardspace_kernels.guard.plan import GuardPlan
 from guardspace_kernels.integrations.peft_layer import GuardedLinear, kept_adapter, second_adapter
 from guardspace_kernels.integrations.peft_state import (
@@ -66,6 +79,29 @@ class GuardedModelMixin:
     """What a guarded PeftModel does otherwise than a plain one: saving, loading, unloading."""
 
     guard_plan: GuardPlan
+    _trainable_checked = False
+
+    def check_trainable(self, kind: str = "") -> None:
+        """What would lose a run at its first checkpoint, before its first step; ``kind``: what sharded a wrapper of it.
+
+        Raises:
+            TypeError: the model is sharded. ValueError: something is trainable that no file of the adapter holds.
+        """
+        kind = kind or sharding(self)  # type: ignore[arg-type]
+        factors = (part[m.adapter] for m in self.guarded_layers().values() for part in (m.lora_A, m.lora_B))
+        if not kind and not all(isinstance(one._parameters.get("weight"), nn.Parameter) for one in factors):
+            kind = "FullyShardedDataParallel"
+        if kind:
+            raise TypeError(
+                f"a guarded model is not trained divided by {kind}: its adapter could not be saved, exported or "
+                "certified. Train it whole in each process, with DistributedDataParallel or DeepSpeed ZeRO-1 or 2"
+            )
+        check_trained(self)  # type: ignore[arg-type]
+
+    def train(self, mode: bool = True) -> Any:
+        if mode and not self.get_base_model().training:  # type: ignore[attr-defined]
+            self._trainable_checked = False
+        return super().train(mode)  # type: ignore[misc]
 
     def guarded_layers(self) -> dict[str, GuardedLinear]:
         """Name in the base model -> layer."""
@@ -80,7 +116,8 @@ class GuardedModelMixin:
         **kwargs: Any,
     ) -> None:
         """Writes the plain rank-2r LoRA of :func:`guardspace_kernels.export_lora`, which any PEFT loads onto the
-        untouched base model, and beside it ``guardspace.safetensors``, from which training resumes exactly.
+        untouched base model, and beside it ``guardspace.safetensors``, from which training resumes exactly. Both hold
+        ``modules_to_save`` too, and the embeddings if they were resized.
 
         Over an older adapter: after a kill at any point :meth:`load_adapter` finds the old one or the new one."""
         adapter = self.active_adapter  # type: ignore[attr-defined]
@@ -93,6 +130,7 @@ class GuardedModelMixin:
             warnings.warn("a guarded adapter is always saved as safetensors", stacklevel=2)
         layers = self.guarded_layers()
         tensors = {f"{name}.{key}": t for name, m in layers.items() for key, t in (("A", m.A), ("B", m.B))}
+        tensors.update(weights_beside(self))  # type: ignore[arg-type]
         weights, config, _ = plain_lora(self, save_directory)  # type: ignore[arg-type]
         write_adapter(save_directory, weights, config, (tensors, self.guard_plan.fingerprint))
 
@@ -125,9 +163,12 @@ class GuardedModelMixin:
                 f"{os.fspath(model_id)}: {saved.altered} is not what was saved with {GUARD_FILE}; it was altered, or "
                 "another export took its place. Restore it, or save again"
             )
-        if len(factors) > 2 * len(layers):
-            raise ValueError(f"{os.fspath(model_id)}: {GUARD_FILE} holds layers that this model's plan has not")
+        beside = weights_beside(self)  # type: ignore[arg-type]
+        theirs = {key: t for key, t in factors.items() if key.removesuffix(".A").removesuffix(".B") not in layers}
+        _check_beside(os.fspath(model_id), beside, theirs)
         with torch.no_grad():
+            for key, t in beside.items():
+                t.copy_(theirs[key])
             for name, layer in layers.items():
                 layer.A.copy_(factors[f"{name}.A"])
                 layer.B.copy_(factors[f"{name}.B"])
@@ -194,9 +235,32 @@ class GuardedModelMixin:
             for name, child in parent._modules.items():
                 if isinstance(child, BaseTunerLayer) and not isinstance(child, GuardedLinear):
                     parent._modules[name] = child.base_layer
-                elif isinstance(child, AuxiliaryTrainingWrapper):
+                elif isinstance(child, AuxiliaryTrainingWrapper) and self.active_adapter not in child._adapters:  # type: ignore[attr-defined]
                     parent._modules[name] = child.original_module
         raise second_adapter(", ".join(value))
+
+
+def _check_beside(folder: str, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    for key in sorted({*ours, *theirs}):
+        name = key.removeprefix("base_model.model.")
+        if key not in theirs:
+            raise ValueError(f"{folder} was saved without {name}, which this model trains or has resized")
+        if key not in ours:
+            raise ValueError(
+                f"{folder}: {GUARD_FILE} holds {name}, which this model's plan has not. Give attach_guard the same "
+                "modules_to_save, or resize the embeddings first, as it was done before saving"
+            )
+        if ours[key].shape != theirs[key].shape or not torch.isfinite(theirs[key]).all():
+            raise ValueError(
+                f"{folder}: {name} has shape {tuple(theirs[key].shape)} or non-finite values, expected "
+                f"{tuple(ours[key].shape)}"
+            )
+
+
+def _before_forward(model: Any, _inputs: Any) -> None:
+    if not model._trainable_checked and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        model.check_trainable()
+        model._trainable_checked = True
 
 
 class GuardedPeftModel(GuardedModelMixin, PeftModel):
@@ -207,9 +271,61 @@ class GuardedPeftModelForCausalLM(GuardedModelMixin, PeftModelForCausalLM):
     """A guarded :class:`peft.PeftModelForCausalLM`."""
 
 
+class GuardedPeftModelForSeq2SeqLM(GuardedModelMixin, PeftModelForSeq2SeqLM):
+    """A guarded :class:`peft.PeftModelForSeq2SeqLM`."""
+
+
+class GuardedPeftModelForSequenceClassification(GuardedModelMixin, PeftModelForSequenceClassification):
+    """A guarded :class:`peft.PeftModelForSequenceClassification`, which trains and saves the head as that does."""
+
+
+class GuardedPeftModelForTokenClassification(GuardedModelMixin, PeftModelForTokenClassification):
+    """A guarded :class:`peft.PeftModelForTokenClassification`, which trains and saves the head as that does."""
+
+
+class GuardedPeftModelForQuestionAnswering(GuardedModelMixin, PeftModelForQuestionAnswering):
+    """A guarded :class:`peft.PeftModelForQuestionAnswering`, which trains and saves the head as that does."""
+
+
+class GuardedPeftModelForFeatureExtraction(GuardedModelMixin, PeftModelForFeatureExtraction):
+    """A guarded :class:`peft.PeftModelForFeatureExtraction`."""
+
+
+_OF_TASK: dict[str | None, Any] = {
+    None: GuardedPeftModel,
+    "CAUSAL_LM": GuardedPeftModelForCausalLM,
+    "SEQ_2_SEQ_LM": GuardedPeftModelForSeq2SeqLM,
+    "SEQ_CLS": GuardedPeftModelForSequenceClassification,
+    "TOKEN_CLS": GuardedPeftModelForTokenClassification,
+    "QUESTION_ANS": GuardedPeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": GuardedPeftModelForFeatureExtraction,
+}
+
+
+# What PEFT's class for a task trains and saves whole.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+def _check_modules_to_save(names: Sequence[str], guarded: Collection[str]) -> None:
+    for layer in guarded:
+        parts = layer.split(".")
+        above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        for name in names:
+            if any(module.endswith(name) for module in above):  # as PEFT finds modules_to_save
+                raise ValueError(
+                    f"layer {layer} is guarded, and modules_to_save includes it by {name!r} (a classification model's "
+                    "head is included without being named): what is trained whole is not confined. Leave it out of one"
+                )
+
+
 def attach_guard(
-    model: nn.Module, plan: GuardPlan, *, residual: str = "virtual", adapter_name: str = "default"
-) -> GuardedPeftModel | GuardedPeftModelForCausalLM:
+    model: nn.Module,
+    plan: GuardPlan,
+    *,
+    residual: str = "virtual",
+    adapter_name: str = "default",
+    modules_to_save: Sequence[str] | None = None,
+) -> Any:
     """Gives the model an adapter that cannot change what the plan protects; any trainer trains it, no hook needed.
 
     ``y = x W_resᵀ + s·x (A P)ᵀ Bᵀ + b`` with ``W_res = W − s·B₀A₀P``, A = A₀P and B = B₀: at the start the output is
@@ -222,13 +338,17 @@ def attach_guard(
         residual: "virtual" never touches W (``y = W x + [sB | −sB₀]([A P; A₀P] x)``); "frozen" writes W_res into it
             and saves the extra rank, but rounds W to its dtype.
         adapter_name: PEFT's name of the adapter.
+        modules_to_save: names of modules that are trained whole and saved beside the adapter, as in PEFT: a head,
+            norms. The plan protects nothing of what they do. A classification model's head is one without being named.
 
     Returns:
-        A ``peft.PeftModel`` (``PeftModelForCausalLM`` for a model that generates) with ``lora_A`` and ``lora_B`` in
-        float32, unless the model is in float64.
+        A ``peft.PeftModel``, of PEFT's class for the model's task (``PeftModelForCausalLM`` for a model that generates
+        from ``input_ids``), with ``lora_A`` and ``lora_B`` in float32, unless the model is in float64. Its first
+        forward in training raises where something is trainable that saving would lose, or where the model was sharded.
 
     Raises:
-        TypeError: the model has adapters already. ValueError: the plan is of another model, or ``residual`` is unknown.
+        TypeError: the model has adapters already, or is sharded. ValueError: the plan is of another model, ``residual``
+            is unknown, or ``modules_to_save`` includes a guarded layer.
 
     Source: GuardSpace (arXiv 2510.14301).
     """
@@ -239,9 +359,16 @@ def attach_guard(
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name must be a name without a dot, got {adapter_name!r}")
     model = unwrapped(model)
+    kind = sharding(model)
+    if kind:
+        raise TypeError(
+            f"model is divided by {kind} among processes, each of which would start and train an adapter of its own; "
+            "attach the guard to a whole model"
+        )
     guards = dict(layer_guards(model, plan, residual))
     modules = {name: model.get_submodule(name) for name in guards}
-    causal = hasattr(model, "prepare_inputs_for_generation")
+    task = task_type(model)
+    _check_modules_to_save((*(modules_to_save or ()), *_HEADS.get(task or "", ())), guards)
     config = LoraConfig(
         r=plan.config.rank,
         lora_alpha=plan.config.scale * plan.config.rank,
@@ -249,15 +376,17 @@ def attach_guard(
         lora_dropout=plan.config.dropout,
         init_lora_weights=False,
         fan_in_fan_out=any(is_conv1d(module) for module in modules.values()),
-        task_type="CAUSAL_LM" if causal else None,
+        task_type=task,
+        modules_to_save=None if modules_to_save is None else list(modules_to_save),
     )
     config._register_custom_module({type(module): GuardedLinear for module in modules.values()})
-    cls = GuardedPeftModelForCausalLM if causal else GuardedPeftModel
     with undone_on_failure(model):
-        guarded = cls(model, config, adapter_name=adapter_name)
+        note_weights(model)
+        guarded: Any = _OF_TASK[task](model, config, adapter_name=adapter_name)
         guarded.base_model.__class__ = GuardedLoraModel
         guarded.guard_plan = plan
         _install(guarded.guarded_layers(), guards, adapter_name, residual)
+    guarded.register_forward_pre_hook(_before_forward)
     config.alpha_pattern = {_NO_HOTSWAP: config.lora_alpha}
     return guarded
 

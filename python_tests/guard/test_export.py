@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import guardspace_kernels as gk
+from guardspace_kernels.guard.export import ExportReport
 from guardspace_kernels.nn import ProjectedLoraLinear
 
 
@@ -147,12 +149,63 @@ def test_modules_without_peft_are_exported(ranks, tmp_path):
         )
         setattr(ours, name, layer)
     perturb(ours, size=1.0)
+    with pytest.raises(ValueError, match=r"trainable beside the adapter: embed\.weight, k\.weight\. .*Freeze them"):
+        gk.export_lora(ours, tmp_path)
+    ours.embed.requires_grad_(False)
+    ours.k.requires_grad_(False)
     report = gk.export_lora(ours, tmp_path)
     assert report.rank == 4 and set(report.leak) == {"q", "out"} and max(report.leak.values()) < 1e-6
     untouched = output(base)
     loaded = plainly_loaded(base, tmp_path)
     assert float((output(loaded) - untouched).abs().max()) > 1e-2
     torch.testing.assert_close(output(loaded), output(ours), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_have_not_moved_leak_nothing(tmp_path):
+    for kind in MODELS:
+        for dtype in (torch.float32, torch.bfloat16):
+            base = MODELS[kind]()
+            guarded = gk.attach_guard(base, plan_for(base))
+            guarded = guarded.to(dtype) if dtype != torch.float32 else guarded
+            leak = gk.export_lora(guarded, tmp_path, dtype=torch.bfloat16).leak
+            assert set(leak.values()) == {0.0}
+    layer = next(iter(guarded.guarded_layers().values()))
+    with torch.no_grad():
+        layer.B.add_(layer.B.abs().mean() * 0.1)
+    leak = gk.export_lora(guarded, tmp_path, dtype=torch.bfloat16).leak
+    assert sum(value > 0 for value in leak.values()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32, torch.bool, torch.complex64, "bfloat16"], ids=str)
+def test_other_dtypes_are_refused_before_anything_is_written(dtype, tmp_path):
+    base = PlainModel()
+    guarded = gk.attach_guard(base, plan_for(base))
+    error, message = TypeError, "dtype must be a floating-point torch.dtype or None, got"
+    if dtype is torch.float8_e4m3fn:
+        error, message = ValueError, "dtype must be torch.float32, float16, bfloat16 or float64, got torch.float8"
+    with pytest.raises(error, match=message):
+        gk.export_lora(guarded, tmp_path / "adapter", dtype=dtype)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "rank, remark",
+    [(8, ""), (16, ""), (20, "vLLM needs --max-lora-rank 32"), (256, "vLLM needs --max-lora-rank 256"),
+     (514, "servers refuse rank 514 (vLLM takes at most 512): merge the adapter, or plan with a lower rank")],
+)  # fmt: skip
+def test_the_report_says_what_a_server_must_be_told(rank, remark):
+    report = ExportReport("adapter", "float32", rank, {"q": 0.0}, {})
+    assert str(report) == f"rank-{rank} LoRA in float32 at adapter: worst leak 0.0e+00" + (f"; {remark}" * bool(remark))
+
+
+def test_a_plan_of_a_rank_that_servers_refuse_says_so(monkeypatch):
+    base = PlainModel()
+    plan = plan_for(base, rank=3)
+    assert "exported" not in plan.summary()
+    plan.config = dataclasses.replace(plan.config, rank=257)
+    assert "exported as rank 514: servers refuse rank 514" in plan.summary()
+    plan.config = dataclasses.replace(plan.config, rank=16, init="zero")
+    assert "exported" not in plan.summary()
 
 
 def test_what_cannot_be_exported_leaves_nothing_behind(tmp_path):

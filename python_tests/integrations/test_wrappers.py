@@ -167,3 +167,80 @@ def test_several_models_or_stray_adapters_are_refused(tiny, tmp_path):
             with pytest.raises(ValueError, match=message):
                 use(model)
     assert not list(tmp_path.iterdir())
+
+
+# ---- models that are divided among processes
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def fully_sharded(model, where):
+    from torch.distributed.fsdp import fully_shard
+
+    if where == "blocks":
+        for block in (model.get_base_model() if hasattr(model, "get_base_model") else model).model.layers:
+            fully_shard(block)
+    else:
+        fully_shard(model.get_base_model() if where == "base" else model)
+    return model
+
+
+def flat(model):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+def partitioned(model):
+    """What DeepSpeed's ZeRO-3 marks a parameter with."""
+    for p in model.parameters():
+        p.ds_id = id(p)
+    return model
+
+
+def on_a_mesh(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parallelize_module(base.lm_head, init_device_mesh("cpu", (1,)), ColwiseParallel())
+    return model
+
+
+SHARDED = {
+    "fully_shard": (lambda model: fully_sharded(model, "blocks"), "fully_shard"),
+    "fully_shard of the root": (lambda model: fully_sharded(model, "root"), "fully_shard"),
+    "ZeRO-3": (partitioned, "DeepSpeed ZeRO-3"),
+    "mesh": (on_a_mesh, "a device mesh"),
+}
+SHARDED_LATER = {
+    **SHARDED,
+    "fully_shard of the base": (lambda model: fully_sharded(model, "base"), "fully_shard"),
+    "FSDP1": (flat, "FullyShardedDataParallel"),
+}
+
+
+@pytest.mark.parametrize("how", SHARDED)
+def test_a_sharded_base_is_not_guarded(tiny, one_process, how):
+    shard, kind = SHARDED[how]
+    model = shard(tiny.base())
+    with pytest.raises(TypeError, match=rf"model is divided by {kind} among processes, .* attach the guard to a whole"):
+        gk.attach_guard(model, tiny.plan())
+
+
+@pytest.mark.parametrize("how", SHARDED_LATER)
+def test_a_guarded_model_that_is_sharded_is_refused_at_its_first_forward_in_training(tiny, one_process, how):
+    shard, kind = SHARDED_LATER[how]
+    model = tiny.guarded()
+    model(**tiny.batch())  # before, all is well
+    optimizer = tiny.adamw(tiny.trainable(model))
+    wrapped = shard(model).train()
+    message = f"is not trained divided by {kind}: .* with DistributedDataParallel or DeepSpeed ZeRO-1"
+    for make in (gk.GuardedAdamW, lambda m: gk.guard_optimizer(optimizer, m), lambda m: m(**tiny.batch())):
+        with pytest.raises(TypeError, match=message):
+            make(wrapped)
