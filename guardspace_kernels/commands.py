@@ -6,7 +6,6 @@ What a user gives is looked at before any weights are loaded, and errors of othe
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from guardspace_kernels.arguments import integer, number, readable_file, writable_file, writable_folder
-from guardspace_kernels.guard.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from guardspace_kernels.guard.adapter_folder import ADAPTER_CONFIG
 from guardspace_kernels.guard.batches import Batch, positions_of
 from guardspace_kernels.guard.certificate import certify as certify_adapter
 from guardspace_kernels.guard.collection import collect_statistics
@@ -106,7 +105,9 @@ def plan(options: argparse.Namespace) -> int:
 def certify(options: argparse.Namespace) -> int:
     if options.max_drift is not None:
         number("--max-drift", options.max_drift, "a number of 0 or more", lambda x: x >= 0)
-    _check_adapter(options.adapter)
+    from guardspace_kernels.integrations.deployed import check_adapter_folder, deployed_adapter
+
+    config = check_adapter_folder(options.adapter)
     _check_outputs(options, ("statistics", "plan", "heldout", "model"), ("json",))
     device = _device(options)
     stats = _statistics("statistics", options.statistics)
@@ -114,13 +115,13 @@ def certify(options: argparse.Namespace) -> int:
     heldout = _batches(options, options.heldout, _CERTIFIED_ANSWER) if options.heldout else None
     model = _model(options, device)
     if made is not None:
-        model = _guarded(model, made, options.adapter)
-    else:
-        from peft import PeftModel
-
-        with _told(f"adapter: {options.adapter} cannot be loaded onto {options.model}"):
-            model = PeftModel.from_pretrained(model, options.adapter)
-    report = certify_adapter(model, stats, heldout, answer_tokens=_CERTIFIED_ANSWER)
+        # That the folder is whole, unaltered and of this plan; judged is then what PEFT makes of it.
+        model = _guarded(model, made, options.adapter).unload()
+    deployed = deployed_adapter(model, options.adapter)
+    report = certify_adapter(deployed, stats, heldout, plan=made, answer_tokens=_CERTIFIED_ANSWER)
+    named = config.get("base_model_name_or_path")
+    if named and os.path.realpath(named) != os.path.realpath(options.model):
+        report.notes.append(f"{ADAPTER_CONFIG} names the base model {named!r}; this is judged on {options.model!r}")
     if options.json:
         with _writing("--json", options.json):
             report.save(options.json)
@@ -132,7 +133,9 @@ def certify(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    _check_adapter(options.adapter)
+    from guardspace_kernels.integrations.deployed import check_adapter_folder
+
+    check_adapter_folder(options.adapter)
     _check_outputs(options, ("adapter", "plan", "statistics", "model"), ("out",), folder=True)
     device = _device(options)
     stats = _statistics("--statistics", options.statistics) if options.statistics else None
@@ -292,25 +295,6 @@ def _guarded(model: nn.Module, plan: GuardPlan, adapter: str) -> Any:
     guarded = attach_guard(model, plan)
     guarded.load_adapter(adapter, guarded.active_adapter)
     return guarded
-
-
-def _check_adapter(adapter: str) -> None:
-    """ValueError unless the folder holds a LoRA in safetensors: PEFT would read pickles and ask the Hub otherwise."""
-    if not os.path.isfile(os.path.join(adapter, ADAPTER_CONFIG)):
-        raise FileNotFoundError(f"adapter: {adapter} holds no {ADAPTER_CONFIG}; give the folder of save_pretrained")
-    if not os.path.isfile(os.path.join(adapter, ADAPTER_WEIGHTS)):
-        raise FileNotFoundError(
-            f"adapter: {adapter} holds no {ADAPTER_WEIGHTS}; other formats, pickles among them, are not read: save the "
-            "adapter with safe_serialization=True"
-        )
-    try:
-        with open(os.path.join(adapter, ADAPTER_CONFIG), encoding="utf-8") as file:
-            config = json.load(file)
-        kind = config["peft_type"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"adapter: {adapter}/{ADAPTER_CONFIG} is no configuration of PEFT: {error}") from error
-    if kind != "LORA":
-        raise ValueError(f"adapter: {adapter} is of peft_type {kind!r}; a LoRA is needed")
 
 
 def _dry_run(options: argparse.Namespace, batches: list[Batch], device: torch.device) -> int:

@@ -261,6 +261,42 @@ def test_adapters_in_other_formats_or_truncated_are_refused(folder, stats, adapt
         assert words in refused(folder, capsys, "certify", "model", str(broken), "stats")
 
 
+def test_certify_judges_what_the_folder_makes_of_the_model(folder, stats, adapter, plan, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    altered, report = copied(folder, "adapter", tmp_path), tmp_path / "report.json"
+    config, weights = altered / "adapter_config.json", altered / "adapter_model.safetensors"
+    settings = json.loads(config.read_text())
+
+    def certify(*extra):
+        return run(folder, "certify", "model", str(altered), "stats", "--json", str(report), *extra)
+
+    assert certify() == certify("--plan", "plan") == 0
+    before = json.loads(report.read_text())["max_drift"]
+    assert "no projector" not in capsys.readouterr().out.splitlines()[-1]  # what the plan knows is used
+
+    config.write_text(json.dumps({**settings, "lora_alpha": 1000 * settings["lora_alpha"]}))
+    assert certify() == 0 and json.loads(report.read_text())["max_drift"] == pytest.approx(1000 * before, rel=1e-3)
+    assert certify("--max-drift", str(before)) == 1 and "above max_drift" in capsys.readouterr().err
+    assert certify("--plan", "plan") == 2 and "adapter_config.json is not what was saved" in capsys.readouterr().err
+
+    config.write_text(json.dumps({**settings, "modules_to_save": ["lm_head"]}))
+    tensors = {name: t.clone() for name, t in load_file(weights).items()}
+    head = torch.randn(60, 32, generator=torch.Generator().manual_seed(0))
+    save_file({**tensors, "base_model.model.lm_head.weight": head}, weights)
+    assert certify() == 1  # without a bound too: nothing is promised
+    shown = capsys.readouterr()
+    assert "differs from the base model in lm_head.weight (changed) beside the adapter" in shown.out
+    assert "guardspace certify: the model differs from the base model in lm_head.weight" in shown.err
+    assert json.loads(report.read_text())["changed"] == {"lm_head.weight": "changed"}
+    assert certify("--plan", "plan") == 2 and "is not what was saved with" in capsys.readouterr().err
+
+    save_file(tensors, weights)
+    config.write_text(json.dumps({**settings, "base_model_name_or_path": "another/model"}))
+    assert certify() == 0
+    assert "names the base model 'another/model'; this is judged on" in capsys.readouterr().out
+
+
 def test_models_that_are_not_whole_are_refused(folder, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 
