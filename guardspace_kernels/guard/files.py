@@ -22,7 +22,9 @@ from guardspace_kernels.guard.atomic import write_atomic
 
 _METADATA_KEY = "guardspace"
 _HASHES_KEY = "sha256"
-_VERSIONS = {"calibration statistics": 3}  # of the other kinds: 2; the version before had no hashes
+# Of each kind the version that is written, and the earliest that is read: of those before them, files had no hashes.
+_VERSIONS = {"calibration statistics": (3, 2), "statistics checkpoint": (2, 2)}
+_OTHER_VERSIONS = (2, 1)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -201,8 +203,8 @@ class OpenFile:
         if about.get("kind") != kind:
             found = f" but a {about['kind']} file" if isinstance(about.get("kind"), str) else ""
             raise ValueError(f"{path} is not a {kind} file of this library{found}")
-        version = _VERSIONS.get(kind, 2)
-        if about.get("version") not in (version, version - 1):
+        version, earliest = _VERSIONS.get(kind, _OTHER_VERSIONS)
+        if about.get("version") not in (version, earliest):
             raise ValueError(
                 f"{path} has format version {reprlib.repr(about.get('version'))}, this library reads {version}; "
                 "write it again with this version"
@@ -256,7 +258,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor | StoredTen
 
 def describe(kind: str, header: Mapping[str, Any]) -> str:
     """What :meth:`OpenFile.described` reads."""
-    return json.dumps({"kind": kind, "version": _VERSIONS.get(kind, 2), **header})
+    return json.dumps({"kind": kind, "version": _VERSIONS.get(kind, _OTHER_VERSIONS)[0], **header})
 
 
 def save_tensors(
@@ -297,8 +299,7 @@ def load_tensors(
 def check_shapes(
     path: str | os.PathLike[str],
     tensors: Mapping[str, StoredTensor | torch.Tensor],
-    expected: Mapping[str, tuple[int | None, ...]],
-    dtypes: tuple[torch.dtype, ...],
+    expected: Mapping[str, tuple[tuple[int | None, ...], tuple[torch.dtype, ...]]],
 ) -> None:
     """ValueError unless the file holds these tensors, no others, in these shapes (None: any size) and dtypes."""
     for name in [*expected, *tensors]:
@@ -306,7 +307,7 @@ def check_shapes(
             raise ValueError(f"{os.fspath(path)} lacks the tensor {name!r}")
         if name not in expected:
             raise ValueError(f"{os.fspath(path)} has a tensor {name!r}, which belongs to nothing in its header")
-        shape, wanted = tuple(tensors[name].shape), expected[name]
+        shape, (wanted, dtypes) = tuple(tensors[name].shape), expected[name]
         fits = len(shape) == len(wanted) and all(w in (None, n) for n, w in zip(shape, wanted, strict=True))
         if not fits or tensors[name].dtype not in dtypes:
             sizes = ", ".join("any" if n is None else str(n) for n in wanted)

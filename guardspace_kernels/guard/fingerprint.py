@@ -169,6 +169,12 @@ _FORM = forms.fields(
 )
 
 
+def fingerprint_form(value: Any, where: str) -> Any:
+    """The form of :meth:`ModelFingerprint.to_header`."""
+    ModelFingerprint.from_header(value, where)
+    return value
+
+
 @dataclass(frozen=True)
 class ModelFingerprint:
     """What identifies a model: the values of all of its weights.

@@ -40,7 +40,7 @@ class Sample:
     @property
     def kinds(self) -> torch.Tensor:
         """(n,) indices into :data:`KINDS`."""
-        return self.keys >> _HASH_BITS
+        return kinds_of(self.keys)
 
     def merge(self, other: Sample) -> Sample:
         """The sample of both; ``a.merge(b)`` is ``b.merge(a)`` bit for bit."""
@@ -49,6 +49,11 @@ class Sample:
         keys = torch.cat([first.keys, second.keys])
         which = kept(keys)
         return Sample(keys[which], torch.cat([first.rows, second.rows])[which])
+
+
+def kinds_of(keys: torch.Tensor) -> torch.Tensor:
+    """(n,) indices into :data:`KINDS`."""
+    return keys >> _HASH_BITS
 
 
 def kept(keys: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,22 @@ import numpy as np
 import torch
 
 from guardspace_kernels.arguments import instance
+from guardspace_kernels.guard import forms
 from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tensors
-from guardspace_kernels.guard.fingerprint import ModelFingerprint
+from guardspace_kernels.guard.fingerprint import ModelFingerprint, fingerprint_form
 from guardspace_kernels.guard.sampling import Sample
+from guardspace_kernels.guard.stored_inputs import checked_inputs
 from guardspace_kernels.ops import symmetrize_
 
 _KIND = "calibration statistics"
+_INPUT = forms.fields(
+    {"layers": forms.several(forms.text, 1), "tokens": forms.count, "sink_tokens": forms.count},
+    {"routed": forms.flag, "held_tokens": forms.count},
+)
+_HEADER = forms.fields(
+    {"prompts": forms.count, "inputs": forms.several(_INPUT), "fingerprint": fingerprint_form},
+    {"held_prompts": forms.count, "kind_tokens": forms.exactly(forms.count, forms.count, forms.count)},
+)
 
 
 class InputStatistics:
@@ -236,11 +246,16 @@ class CalibrationStatistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationStatistics:
-        """Opens what :meth:`save` wrote; FileNotFoundError or ValueError if it is not such a file.
+        """Opens what :meth:`save` wrote.
 
-        Covariances stay in the file until they are asked for, one by one.
+        Covariances stay in the file until they are asked for, one by one, and are checked whenever they are read.
+
+        Raises:
+            FileNotFoundError: there is no such file. ValueError: it is of another kind, was altered or damaged, or
+                holds what statistics cannot be, such as non-finite values; the message names file and layer.
         """
-        tensors, header = open_tensors(path, _KIND)
+        tensors, header = open_tensors(path, _KIND, _HEADER)
+        tensors = checked_inputs(path, tensors, header["inputs"], header["fingerprint"]["layers"])
         inputs = [InputStatistics.of(tensors, str(i), **entry) for i, entry in enumerate(header["inputs"])]
         counts = header.get("held_prompts", 0), tuple(header.get("kind_tokens", (0, 0, 0)))
         return cls(inputs, ModelFingerprint.from_header(header["fingerprint"]), header["prompts"], *counts)

@@ -8,12 +8,29 @@ from typing import Any
 
 import torch
 
+from guardspace_kernels.guard import forms
 from guardspace_kernels.guard.batches import Batch
 from guardspace_kernels.guard.collecting.collector import CollectedInput, Collector
 from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tensors
-from guardspace_kernels.guard.fingerprint import ModelFingerprint, tensor_fingerprint
+from guardspace_kernels.guard.fingerprint import ModelFingerprint, fingerprint_form, tensor_fingerprint
+from guardspace_kernels.guard.layers import linear_weight
 from guardspace_kernels.guard.sampling import kept
 from guardspace_kernels.guard.statistics import InputStatistics
+from guardspace_kernels.guard.stored_inputs import checked_inputs
+
+_INPUT = forms.exactly(forms.several(forms.text, 1), *4 * [forms.count])
+_HEADER = forms.fields(
+    {
+        "inputs": forms.several(_INPUT),
+        "routed": forms.exactly(forms.several(forms.text), forms.several(forms.text)),
+        "batches": forms.several(forms.text),
+        "prompts": forms.count,
+        "held_prompts": forms.count,
+        "kind_tokens": forms.exactly(*3 * [forms.count]),
+        "options": forms.named(lambda value, _: value),  # compared with the call's
+        "fingerprint": fingerprint_form,
+    }
+)
 
 
 class Checkpoint:
@@ -65,7 +82,7 @@ class Checkpoint:
     def statistics(self) -> list[InputStatistics]:
         """What is in the file, left there."""
         assert self.path is not None
-        tensors, header = open_tensors(self.path, self.KIND)
+        tensors, header = self._open(self.path)
         if header["batches"] != self.batches:
             raise ValueError(f"another process wrote {self._name()}; give each process a file of its own")
         return [
@@ -102,8 +119,14 @@ class Checkpoint:
         }
         save_tensors(path, self.KIND, tensors, header)
 
+    def _open(self, path: str | os.PathLike[str]) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+        tensors, header = open_tensors(path, self.KIND, _HEADER)
+        names = ("layers", "tokens", "sink_tokens", "first_batch", "held_tokens")
+        entries = [dict(zip(names, entry, strict=True)) for entry in header["inputs"]]
+        return checked_inputs(path, tensors, entries, header["fingerprint"]["layers"], zeros=True), header
+
     def _load(self, path: str | os.PathLike[str]) -> None:
-        tensors, header = open_tensors(path, self.KIND)
+        tensors, header = self._open(path)
         if header["options"] != self.options:
             raise ValueError(
                 f"{self._name()} was made with {header['options']}, this call has {self.options}; {self._advice()}"
@@ -115,6 +138,7 @@ class Checkpoint:
                 tensors, str(i), layers=names, tokens=tokens, sink_tokens=sink_tokens, held_tokens=held_tokens
             )
             sinks = entry.sinks
+            self._check(names, sinks, first_batch, len(header["batches"]))
             one = CollectedInput(sinks.shape[1], sinks.dtype, sinks.device, first_batch)  # it follows its first tensor
             one.layers, one.sinks, one.sink_tokens = names, sinks, sink_tokens
             one.accumulator.lower.copy_(entry.covariance)
@@ -128,11 +152,21 @@ class Checkpoint:
             self.collector.input_of.update(dict.fromkeys(names, one))
         sampler.keys = sampler.keys[kept(sampler.keys)]
         sampler.held_prompts, sampler.kind_tokens = header["held_prompts"], header["kind_tokens"]
-        containers, flat = header.get("routed", [[], []])
+        containers, flat = header["routed"]
         self.collector.routing.containers.update(containers)
         self.collector.routing.flat.update(flat)
         self.batches, self.prompts = header["batches"], header["prompts"]
         self.resumed = self.collector.batch = len(self.batches)
+
+    def _check(self, names: list[str], sinks: torch.Tensor, first_batch: int, batches: int) -> None:
+        """ValueError unless an input in the file can be one of this call."""
+        for name in names:
+            wanted = linear_weight(self.collector.layers[name]).shape[1] if name in self.collector.layers else 0
+            if (sinks.shape[1], sinks.dtype) != (wanted, self.collector.dtype) or first_batch >= batches:
+                raise ValueError(
+                    f"{self._name()} holds an input of layer {name} from batch {first_batch} of {batches} on, in "
+                    f"{sinks.dtype} and with {sinks.shape[1]} features, which this call cannot have; {self._advice()}"
+                )
 
 
 def _batch_hash(batch: Batch) -> str:
