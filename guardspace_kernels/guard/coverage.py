@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from guardspace_kernels.guard import forms
 from guardspace_kernels.guard.null_space import NullSpace
 from guardspace_kernels.guard.sampling import KINDS, Sample
 
@@ -76,6 +77,14 @@ def measured(space: NullSpace, sample: Sample | None) -> InputCoverage:
             coverage.kinds[kind] = float(outside[mine].sum() / whole[mine].sum())
             coverage.alike[kind] = float((outside[mine] / whole[mine]).mean())
     return coverage
+
+
+_INPUT = forms.fields(
+    {"energy": forms.number, "kinds": forms.named(forms.number), "alike": forms.named(forms.number)},
+    {"rest": forms.maybe(forms.number), "heldout": forms.maybe(forms.number)},
+)
+#: The form of :meth:`Coverage.to_dict`.
+COVERAGE = forms.fields({"prompts": forms.count, "held_prompts": forms.count, "inputs": forms.several(_INPUT)})
 
 
 @dataclass

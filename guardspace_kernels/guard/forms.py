@@ -30,6 +30,12 @@ def flag(value: Any, where: str) -> bool:
     return value
 
 
+def whole(value: Any, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > _LARGEST:
+        raise _refused(value, where, "a whole number")
+    return value
+
+
 def count(value: Any, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LARGEST:
         raise _refused(value, where, "a whole number of 0 or more")

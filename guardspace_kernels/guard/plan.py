@@ -10,13 +10,44 @@ from dataclasses import dataclass, field
 import torch
 
 from guardspace_kernels.arguments import boolean, choice, integer, number
-from guardspace_kernels.guard.coverage import Coverage
-from guardspace_kernels.guard.files import load_tensors, save_tensors
-from guardspace_kernels.guard.fingerprint import ModelFingerprint
+from guardspace_kernels.guard import forms
+from guardspace_kernels.guard.coverage import COVERAGE, Coverage
+from guardspace_kernels.guard.files import check_shapes, open_tensors, save_tensors
+from guardspace_kernels.guard.fingerprint import ModelFingerprint, fingerprint_form
 from guardspace_kernels.guard.null_space import RULES, NullSpace
+from guardspace_kernels.guard.plan_check import check_plan
 from guardspace_kernels.guard.safety_subspace import INITS
 
 _KIND = "guard plan"
+_CONFIG = {
+    "rank": forms.count,
+    "alpha": forms.maybe(forms.number),
+    "protect": forms.number,
+    "rule": forms.one_of(RULES),
+    "protect_dims": forms.maybe(forms.count),
+    "init": forms.one_of(INITS),
+    "projector": forms.flag,
+    "damping": forms.number,
+    "dropout": forms.number,
+    "seed": forms.whole,
+}
+_SPACE = {
+    "complement": forms.flag,
+    "protected": forms.count,
+    "sink_directions": forms.count,
+    "free_energy": forms.number,
+}
+_LAYER = forms.exactly(forms.text, forms.exactly(forms.count, forms.count), forms.count, forms.several(forms.text))
+_HEADER = forms.fields(
+    {
+        "config": forms.fields(_CONFIG),
+        "model": fingerprint_form,
+        "layers": forms.several(_LAYER, 1),
+        "spaces": forms.several(forms.maybe(forms.fields(_SPACE)), 1),
+        "fingerprint": forms.text,
+    },
+    {"left_out": forms.named(forms.text), "coverage": forms.maybe(COVERAGE)},
+)
 
 
 # The ranks that vLLM's --max-lora-rank can be set to. It serves adapters up to that, by default up to 16.
@@ -218,24 +249,50 @@ class GuardPlan:
         }
         save_tensors(path, _KIND, tensors, header)
 
+    def check(self) -> None:
+        """ValueError that names the layer unless the plan protects what its configuration asks for.
+
+        Indices, shapes, dtypes, finite values, ``QᵀQ = I``, ``A₀P = A₀``, which of the two bases it is and the share of
+        the energy that it leaves free. Of the statistics it was made from it knows nothing.
+        """
+        check_plan(self)
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GuardPlan:
-        """Reads what :meth:`save` wrote; ValueError if the file is of another kind or its content was altered."""
-        tensors, header = load_tensors(path, _KIND)
+        """Reads what :meth:`save` wrote, and checks it.
+
+        Raises:
+            FileNotFoundError: there is no such file. ValueError: it is of another kind, its content was altered, or it
+                does not protect what its configuration asks for (:meth:`check`).
+        """
+        stored, header = open_tensors(path, _KIND, _HEADER)
+        about, rank = header["layers"], header["config"]["rank"]
+        shapes: dict[str, tuple[int | None, ...]] = {}
+        for i, (_, (d_out, d_in), *_) in enumerate(about):
+            shapes |= {f"layer.{i}.A0": (rank, d_in), f"layer.{i}.B0": (d_out, rank)}
+        shapes |= {f"space.{i}.basis": (None, None) for i, entry in enumerate(header["spaces"]) if entry is not None}
+        check_shapes(path, stored, {name: (shape, (torch.float32,)) for name, shape in shapes.items()})
+        tensors = {name: t.read() for name, t in stored.items()}
         layers = {
             name: LayerPlan(
                 name, (shape[0], shape[1]), tensors[f"layer.{i}.A0"], tensors[f"layer.{i}.B0"], space, warnings
             )
-            for i, (name, shape, space, warnings) in enumerate(header["layers"])
+            for i, (name, shape, space, warnings) in enumerate(about)
         }
         spaces = [
             None if entry is None else NullSpace(basis=tensors[f"space.{i}.basis"], **entry)
             for i, entry in enumerate(header["spaces"])
         ]
-        config, model = GuardConfig(**header["config"]), ModelFingerprint.from_header(header["model"])
-        told = header.get("coverage")
-        coverage = None if told is None else Coverage.from_dict(told)
-        plan = cls(config, layers, spaces, model, header.get("left_out", {}), coverage)
+        try:
+            if len(layers) < len(about):
+                raise ValueError("a layer is there twice")
+            config, model = GuardConfig(**header["config"]), ModelFingerprint.from_header(header["model"])
+            told = header.get("coverage")
+            coverage = None if told is None else Coverage.from_dict(told)
+            plan = cls(config, layers, spaces, model, header.get("left_out", {}), coverage)
+            plan.check()
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
         if plan.fingerprint != header["fingerprint"]:
             raise ValueError(f"{os.fspath(path)}: the plan's content does not match its fingerprint; it was altered")
         return plan

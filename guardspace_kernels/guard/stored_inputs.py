@@ -15,6 +15,7 @@ from guardspace_kernels.guard.files import StoredTensor, check_shapes
 from guardspace_kernels.guard.null_space import is_finite
 from guardspace_kernels.guard.sampling import KINDS, kinds_of
 
+_PARTS = ("sinks", "covariance", "held", "keys", "rows")
 _DTYPES = (torch.float32, torch.float64)
 _ROW_DTYPES = (*_DTYPES, torch.float16, torch.bfloat16)  # as a model computes
 
@@ -53,62 +54,50 @@ def checked_inputs(
             if name in seen or name not in layers:
                 raise ValueError(f"{what} are of {name}, which is {'there twice' if name in seen else 'unknown'}")
             seen.add(name)
-        held_tokens = entry.get("held_tokens", 0)
-        mine = {name: tensors.get(f"{i}.{name}") for name in ("sinks", "covariance", "held", "keys", "rows")}
-        why = _wrong_shapes(**mine) or _wrong_counts(**mine, **{**entry, "held_tokens": held_tokens})
+        mine = {part: tensors[f"{i}.{part}"] for part in _PARTS if f"{i}.{part}" in tensors}
+        why = _wrong_shapes(mine) or _wrong_content(mine, entry)
         if why:
             raise ValueError(f"{what} {why}; collect them again")
-        for name, tokens in (("covariance", entry["tokens"]), ("held", held_tokens)):
-            stored = mine[name]
-            if stored is not None:
-                read = partial(_triangle, what, stored, tokens, zeros or name == "held")
-                checked[f"{i}.{name}"] = replace(stored, read=read)
+        for part, tokens in (("covariance", entry["tokens"]), ("held", entry.get("held_tokens", 0))):
+            if part in mine:
+                read = partial(_triangle, what, mine[part], tokens, zeros or part == "held")
+                checked[f"{i}.{part}"] = replace(mine[part], read=read)
     return checked
 
 
-def _wrong_shapes(
-    sinks: StoredTensor,
-    covariance: StoredTensor,
-    held: StoredTensor | None,
-    keys: StoredTensor | None,
-    rows: StoredTensor | None,
-) -> str:
-    """What is wrong with them; empty if nothing is."""
-    d = sinks.shape[1]
-    for triangle in (covariance, held):
-        if triangle is not None and (d == 0 or triangle.shape != (d * (d + 1) // 2,) or triangle.dtype != sinks.dtype):
+def _wrong_shapes(mine: Mapping[str, StoredTensor]) -> str:
+    """What is wrong with an input's tensors; empty if nothing is."""
+    d, dtype = mine["sinks"].shape[1], mine["sinks"].dtype
+    for triangle in [mine[part] for part in ("covariance", "held") if part in mine]:
+        if d == 0 or triangle.shape != (d * (d + 1) // 2,) or triangle.dtype != dtype:
             return (
-                f"do not fit: {sinks.dtype} inputs of {d} features, a triangle of {triangle.shape[0]} entries in "
+                f"do not fit: {dtype} inputs of {d} features, a triangle of {triangle.shape[0]} entries in "
                 f"{triangle.dtype}"
             )
-    if keys is not None and rows is not None and rows.shape != (keys.shape[0], d):
-        return f"do not fit: {keys.shape[0]} keys of sampled rows, which are {rows.shape}, of {d} features"
+    if "keys" in mine and mine["rows"].shape != (mine["keys"].shape[0], d):
+        return (
+            f"do not fit: {mine['keys'].shape[0]} keys of sampled rows, which are {mine['rows'].shape}, of {d} features"
+        )
     return ""
 
 
-def _wrong_counts(
-    sinks: StoredTensor,
-    keys: StoredTensor | None,
-    rows: StoredTensor | None,
-    held: StoredTensor | None,
-    *,
-    tokens: int,
-    sink_tokens: int,
-    held_tokens: int,
-    **_: Any,
-) -> str:
-    """Likewise, of numbers and of the tensors that are read at once."""
-    distinct = sinks.shape[0]
-    if distinct > sink_tokens or (distinct == 0 and sink_tokens > 0):
-        return f"hold {distinct} distinct first tokens of {sink_tokens}"
-    if held_tokens > (0 if held is None else tokens):
-        return f"hold {held_tokens} tokens out of {tokens}"
-    if not is_finite(sinks.read()):
+def _wrong_content(mine: Mapping[str, StoredTensor], entry: Mapping[str, Any]) -> str:
+    """Likewise, in numbers and in the tensors that are read at once."""
+    distinct, held_tokens = mine["sinks"].shape[0], entry.get("held_tokens", 0)
+    if distinct > entry["sink_tokens"] or (distinct == 0 and entry["sink_tokens"] > 0):
+        return f"hold {distinct} distinct first tokens of {entry['sink_tokens']}"
+    if held_tokens > (entry["tokens"] if "held" in mine else 0):
+        return (
+            f"hold out {held_tokens} of {entry['tokens']} tokens, " + ("with" if "held" in mine else "without") + " C"
+        )
+    if not is_finite(mine["sinks"].read()):
         return "hold non-finite first tokens"
-    if rows is not None and not is_finite(rows.read()):
+    if "keys" not in mine:
+        return ""
+    if not is_finite(mine["rows"].read()):
         return "hold non-finite sampled rows"
-    marks = torch.empty(0, dtype=torch.int64) if keys is None else keys.read()
-    if (marks < 0).any() or (marks.diff() <= 0).any() or (kinds_of(marks) >= len(KINDS)).any():
+    keys = mine["keys"].read()
+    if (keys < 0).any() or (keys.diff() <= 0).any() or (kinds_of(keys) >= len(KINDS)).any():
         return "hold sampled rows whose keys are out of order"
     return ""
 
