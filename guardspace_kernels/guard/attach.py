@@ -38,8 +38,8 @@ def layer_guards(model: nn.Module, plan: GuardPlan, residual: str = "virtual") -
     """(name, guard) of every layer of the plan; layers that read the same tensor get the same basis object.
 
     Raises:
-        TypeError: the model carries adapters already. ValueError: the plan is of another model or does not protect what its
-            configuration asks for, or a weight cannot hold W_res where ``residual`` is "frozen".
+        TypeError: the model carries adapters already. ValueError: the plan is of another model or does not protect
+            what its configuration asks for, or a weight cannot hold W_res where ``residual`` is "frozen".
     """
     plan.check()
     layers = find_layers(model, list(plan.layers))

@@ -20,6 +20,7 @@ _OUTSIDE = 1e-5
 # The solver sums eigenvalues in float32 or better, and the sinks only add to what is protected.
 _ENERGY = 1e-4
 _PROBES = 4
+_DTYPES = (torch.float32, torch.float64)
 
 
 @full_float32_products()
@@ -71,8 +72,10 @@ def _wrong_space(space: NullSpace | None, config: GuardConfig, generator: torch.
     if space is None:
         return ""
     basis, protected = space.basis, space.protected
-    if basis.dim() != 2 or basis.dtype != torch.float32 or not is_finite(basis):
-        return f"the plan's basis is not a finite matrix in float32 ({basis.dtype}, shape {tuple(basis.shape)})"
+    if basis.dim() != 2 or basis.dtype not in _DTYPES or not is_finite(basis):
+        return (
+            f"the plan's basis is not a finite matrix in float32 or float64 ({basis.dtype}, shape {tuple(basis.shape)})"
+        )
     d, k = basis.shape
     if not _whole(protected) or not 0 <= protected < d or k != (protected if space.complement else d - protected):
         return f"the plan's basis has {k} of {d} dimensions, for {protected!r} protected ones"
@@ -80,7 +83,7 @@ def _wrong_space(space: NullSpace | None, config: GuardConfig, generator: torch.
         return f"the plan's basis, of {protected} protected and {d - protected} free dimensions, is not the thinner one"
     if not _whole(space.sink_directions) or not 0 <= space.sink_directions <= protected:
         return f"the plan protects {space.sink_directions!r} directions of first tokens among {protected}"
-    z = torch.randn(k, _PROBES, generator=generator)
+    z = torch.randn(k, _PROBES, generator=generator, dtype=basis.dtype)
     error = float((basis.T @ (basis @ z) - z).norm() / z.norm()) if k else 0.0
     if not error <= _ORTHONORMAL:
         return f"the columns of the plan's basis are not orthonormal (‖QᵀQ z − z‖ / ‖z‖ = {error:.1e})"
@@ -111,10 +114,9 @@ def _wrong_layer(name: str, layer: LayerPlan, plan: GuardPlan) -> str:
     if not 1 <= rank <= min(d_out, d_in):
         return f"the plan's rank {rank} is above min(d_out, d_in) = {min(d_out, d_in)}"
     for factor, shape in ((layer.A0, (rank, d_in)), (layer.B0, (d_out, rank))):
-        if factor.shape != shape or factor.dtype != torch.float32 or not is_finite(factor):
-            return (
-                f"the plan's starting factor is not a finite {shape} in float32 ({factor.dtype}, {tuple(factor.shape)})"
-            )
+        if factor.shape != shape or factor.dtype not in _DTYPES or not is_finite(factor):
+            found = f"{factor.dtype}, {tuple(factor.shape)}"
+            return f"the plan's starting factor is not a finite {shape} in float32 or float64 ({found})"
     if not plan.has_frozen and layer.B0.any():
         return 'the plan\'s B₀ is not zero with init="zero"'
     if space is None:

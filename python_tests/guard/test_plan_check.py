@@ -111,7 +111,7 @@ WRONG = {
     "a random orthonormal basis": (space(random_basis), "A₀ is outside the null space"),
     "a NaN": (space(not_a_number), "not a finite matrix in float32"),
     "a basis of zeros": (space(lambda one: vars(one).update(basis=0 * one.basis)), "not orthonormal"),
-    "a basis in float64": (space(lambda one: vars(one).update(basis=one.basis.double())), "matrix in float32"),
+    "a basis in bfloat16": (space(lambda one: vars(one).update(basis=one.basis.bfloat16())), "matrix in float32"),
     "a flipped complement": (space(flipped), "dimensions, for"),
     "a flipped complement that counts": (space(flipped_with_counts), "A₀ is outside the null space"),
     "the thicker basis": (space(thicker), r"basis, of \d protected and \d free dimensions, is not the thinner one"),
@@ -157,7 +157,7 @@ def test_wrong_plans_are_refused_at_attach_and_on_loading(plan, tmp_path, case):
     assert type(model.q) is torch.nn.Linear
     try:
         wrong.save(tmp_path / "plan")  # with a fingerprint of its own
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         return
     with pytest.raises(ValueError, match=str(tmp_path / "plan")):
         gk.GuardPlan.load(tmp_path / "plan")
