@@ -170,6 +170,9 @@ def test_plans_without_layers_or_with_idle_spaces_are_refused(plan):
         none.check()
     idle = copy.deepcopy(plan)
     idle.spaces.append(idle.spaces[0])
+    with pytest.raises(ValueError, match="the plan's coverage is of 2 of 3 spaces"):
+        idle.check()
+    idle.coverage = None
     with pytest.raises(ValueError, match="space 2 of the plan belongs to no layer"):
         idle.check()
 
@@ -242,7 +245,7 @@ def test_wide_layers_pass_in_little_time():
     """As many and as wide spaces as a model of 135 million parameters has: 120, of 576 and 1536 dimensions."""
     plan = plan_for(tiny_llama(), rank=16)
     template = next(iter(plan.layers.values()))
-    plan.layers, plan.spaces = {}, []
+    plan.layers, plan.spaces, plan.coverage = {}, [], None
     plan.model.layers.clear()
     bases = {d: basis_of(d, d // 2, 0) for d in (576, 1536)}
     for i in range(120):

@@ -125,7 +125,7 @@ def test_nothing_is_made_of_impossible_statistics(stats, tmp_path, case):
     stats.save(tmp_path / PATH)
     rewrite(tmp_path / PATH, ON_READING[case][0])
     for use in (
-        lambda wrong: gk.plan_guard(model, wrong, gk.GuardConfig(rank=2), progress=False),
+        lambda wrong: plan_for(model, wrong),
         lambda wrong: gk.certify(guarded, wrong, max_drift=1.0),
         lambda wrong: wrong.merge(stats),
         lambda wrong: wrong.save(tmp_path / "copy"),
