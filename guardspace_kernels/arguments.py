@@ -24,9 +24,9 @@ def shown(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype") and len(value.shape):
         return f"{name} of shape {tuple(value.shape)} and {value.dtype}"
     if callable(value) or type(value).__repr__ is object.__repr__:
-        return f"a {name}"
+        return name
     text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... (a {name})"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({name})"
 
 
 def integer(name: str, value: Any, least: int | None = None) -> int:

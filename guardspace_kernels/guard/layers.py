@@ -144,6 +144,16 @@ def parameter_values(model: nn.Module, name: str, parameter: torch.Tensor) -> to
     raise ValueError(f"parameter {name} is on the meta device and offloaded nowhere: load the model first")
 
 
+def check_bare(model: nn.Module) -> None:
+    """TypeError unless it is a model without adapters."""
+    instance("model", model, nn.Module, "a torch.nn.Module")
+    adapted = [name for name, _ in model.named_modules() if ".base_layer" in name or "lora_" in name]
+    if adapted:
+        raise TypeError(
+            f"model already carries adapters (found {adapted[0]}); pass the base model, before attach_guard or PEFT"
+        )
+
+
 def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-linear") -> dict[str, nn.Module]:
     """Name -> module of the linear layers to guard, in the model's order.
 
@@ -159,7 +169,7 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-lin
             weight without calling it, or the target includes experts in one parameter (E, ...).
         ValueError: nothing matches, or an entry of the list matches nothing.
     """
-    instance("model", model, nn.Module, "a torch.nn.Module")
+    check_bare(model)
     if not isinstance(target_modules, str):
         form = 'a text such as "all-linear", or a list of names'
         iterable("target_modules", target_modules, form)
@@ -181,11 +191,6 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str] = "all-lin
         raise TypeError(
             f"FullyShardedDataParallel (module {flat[0]!r}) hides the weights of its layers; shard the model with "
             "torch.distributed.fsdp.fully_shard, or give it unsharded"
-        )
-    adapted = [name for name in linear if ".base_layer" in name or "lora_" in name]
-    if adapted:
-        raise TypeError(
-            f"model already carries adapters (found {adapted[0]}); pass the base model, before attach_guard or PEFT"
         )
     if isinstance(target_modules, str):
         try:

@@ -162,6 +162,9 @@ class GuardPlan:
     coverage: Coverage | None = None
 
     def space_of(self, name: str) -> NullSpace | None:
+        """Of the layer's input; KeyError that lists what there is."""
+        if name not in self.layers:
+            raise KeyError(f"name {name!r} is no layer of the plan; there are {len(self.layers)}: {[*self.layers][:3]}")
         return self.spaces[self.layers[name].space]
 
     @property

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from guardspace_kernels.arguments import boolean, instance
 from guardspace_kernels.guard.coverage import Coverage, InputCoverage, measured
 from guardspace_kernels.guard.layers import (
+    check_bare,
     find_layers,
     is_sharded,
     layer_weight,
@@ -183,11 +184,12 @@ def plan_guard(
 
     Source: GuardSpace (arXiv 2510.14301).
     """
-    instance("model", model, nn.Module, "a torch.nn.Module")
+    check_bare(model)
     instance("stats", stats, CalibrationStatistics, "a CalibrationStatistics")
     instance("config", config, (GuardConfig, type(None)), "a GuardConfig or None")
     progress = boolean("progress", progress)
     allow_few_prompts = boolean("allow_few_prompts", allow_few_prompts)
+    parse_bytes("max_memory", max_memory)
     config, model = config or GuardConfig(), unwrapped(model)
     if is_sharded(model):
         raise TypeError(

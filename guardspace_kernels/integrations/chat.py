@@ -35,7 +35,9 @@ def prompt_batches(
     """
     integer("batch_size", batch_size, 1)
     boolean("chat", chat)
-    if not (callable(tokenizer) and hasattr(tokenizer, "apply_chat_template")):
+    if max_tokens is not None:
+        integer("max_tokens", max_tokens, 1)
+    if isinstance(tokenizer, type) or not (callable(tokenizer) and hasattr(tokenizer, "apply_chat_template")):
         raise TypeError(f"tokenizer must be a tokenizer of Transformers, got {shown(tokenizer)}")
     instance("prompts", prompts, (list, tuple), "a list of texts or conversations")
     if not prompts:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
+from guardspace_kernels.arguments import instance, iterable, number, shown
 from guardspace_kernels.guard.layers import sharding
 from guardspace_kernels.ops import null_project_, projected_adamw_
 
@@ -175,6 +176,7 @@ def guard_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optim
 
 
 def _guarded_layers(model: nn.Module) -> list[Any]:
+    instance("model", model, nn.Module, "a torch.nn.Module")
     layers: list[Any] = [m for m in model.modules() if hasattr(m, "step_mode") and m.projector is not None]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no guarded layer; build it with attach_guard(model, plan)")
@@ -257,6 +259,10 @@ class GuardedAdamW(torch.optim.Optimizer):
         layers = _guarded_layers(model)
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
+        iterable("params", params, "parameters or groups of them")
+        params = list(params)
+        if not params:
+            raise ValueError("params is empty: at least the model's lora_A are needed")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         _check_held(self, layers)
         self._projectors = {layer.A: layer.projector for layer in layers}
@@ -338,8 +344,9 @@ def _check_group(group: dict[str, Any]) -> None:
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, torch.Tensor):
         raise ValueError("GuardedAdamW takes lr as a number, got a tensor; use torch.optim.AdamW with guard_optimizer")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"GuardedAdamW: betas must be in [0, 1), got {betas}")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"GuardedAdamW: betas must be two numbers in [0, 1), got {shown(betas)}")
+    for beta in betas:
+        number("GuardedAdamW: betas", beta, "in [0, 1)", lambda x: x >= 0 and x < 1)
     for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"GuardedAdamW: {name} must not be negative, got {group[name]}")
+        number(f"GuardedAdamW: {name}", group[name], "0 or more", lambda x: x >= 0)

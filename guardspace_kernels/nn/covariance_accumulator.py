@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from guardspace_kernels.arguments import instance, integer, shown
 from guardspace_kernels.ops import covariance_update_, symmetrize_
 
 
@@ -36,6 +37,9 @@ class CovarianceAccumulator(nn.Module):
         self, features: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
+        features = integer("features", features, 0)
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype must be torch.float32 or torch.float64, got {shown(dtype)}")
         self.register_buffer("lower", torch.zeros(features, features, dtype=dtype, device=device))
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64, device=device))
         self._mask: torch.Tensor | None = None
@@ -44,6 +48,7 @@ class CovarianceAccumulator(nn.Module):
     @torch.no_grad()
     def update(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Adds x (..., d); rows where mask (...) is zero do not count. Never waits for the device."""
+        instance("x", x, torch.Tensor, "a tensor (..., d)")
         covariance_update_(self.lower, x.detach(), mask)
         self.tokens += x.shape[:-1].numel() if mask is None else mask.bool().sum()
 
@@ -60,6 +65,7 @@ class CovarianceAccumulator(nn.Module):
 
     def attach(self, module: nn.Module) -> None:
         """Counts every input of ``module`` from now on. RuntimeError if attached already."""
+        instance("module", module, nn.Module, "a torch.nn.Module")
         if self._handle is not None:
             raise RuntimeError("this CovarianceAccumulator is attached already; detach() it first")
         self._handle = module.register_forward_pre_hook(self._hook)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from guardspace_kernels.arguments import boolean, instance, shown
 from guardspace_kernels.ops import null_project_
 from guardspace_kernels.ops._library import compute_dtype, full_float32_products, require_basis
 
@@ -60,6 +61,8 @@ class NullSpaceProjector(nn.Module):
 
     def __init__(self, basis: torch.Tensor, complement: bool = True, persistent: bool = True) -> None:
         super().__init__()
+        instance("basis", basis, torch.Tensor, "a tensor (d, k)")
+        complement, persistent = boolean("complement", complement), boolean("persistent", persistent)
         if basis.dim() != 2:
             raise ValueError(f"basis must be (d, k), got shape {tuple(basis.shape)}")
         require_basis("NullSpaceProjector", basis, basis.shape[0], "basis")
@@ -78,6 +81,8 @@ class NullSpaceProjector(nn.Module):
         return k if self.complement else d - k
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, torch.Tensor) or x.dim() < 1 or x.shape[-1] != self.basis.shape[0]:
+            raise ValueError(f"x must be a tensor (..., d) with d = {self.basis.shape[0]}, got {shown(x)}")
         onto_basis = (x @ self.basis.to(x.dtype)) @ self.basis.to(x.dtype).T
         return x - onto_basis if self.complement else onto_basis
 

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from guardspace_kernels.arguments import boolean, instance, integer, iterable, number, shown
 from guardspace_kernels.nn.null_space_projector import FORM, NullSpaceProjector, refuse_state
 from guardspace_kernels.ops import null_project_, projected_lora
-from guardspace_kernels.ops._library import full_float32_products
+from guardspace_kernels.ops._library import FLOATS, full_float32_products
+from guardspace_kernels.ops.projected_lora import check_layer
 from guardspace_kernels.ops.projected_lora.reference import spread
 
 
@@ -92,8 +94,16 @@ class ProjectedLoraLinear(nn.Module):
         scale: float = 1.0,
         dropout: float = 0.0,
         virtual_residual: bool = False,
+        output_sizes: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        complement = boolean("complement", complement)
+        virtual_residual = boolean("virtual_residual", virtual_residual)
+        scale = number("scale", scale, "a number", lambda x: True)
+        dropout = number("dropout", dropout, "in [0, 1)", lambda x: 0 <= x < 1)
+        check_layer(weight, bias, lora_A, lora_B, basis, output_sizes)
+        if output_sizes is not None:
+            self.output_sizes = list(output_sizes)
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.projector = NullSpaceProjector(basis, complement)
@@ -133,8 +143,13 @@ class ProjectedLoraLinear(nn.Module):
         Raises:
             TypeError, ValueError: an argument of another type or shape.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        instance("linear", linear, nn.Linear, "a torch.nn.Linear")
+        instance("basis", basis, torch.Tensor, "a tensor (d_in, k)")
+        rank = integer("rank", rank)
+        if alpha is not None:
+            alpha = number("alpha", alpha, "positive", lambda x: x > 0)
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype must be one of {FLOATS}, got {shown(dtype)}")
         d_out, d_in = linear.weight.shape
         if not 1 <= rank <= min(d_out, d_in):
             raise ValueError(f"rank must be from 1 to min(d_out, d_in) = {min(d_out, d_in)}, got {rank}")
@@ -144,6 +159,8 @@ class ProjectedLoraLinear(nn.Module):
             nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
             lora_B = torch.zeros(d_out, rank, dtype=dtype, device=device)
         else:
+            if not (isinstance(init, (tuple, list)) and [isinstance(t, torch.Tensor) for t in init] == [True, True]):
+                raise TypeError(f"init must be a pair of tensors (A0, B0), got {shown(init)}")
             lora_A, lora_B = (t.to(device=device, dtype=dtype) for t in init)
             if lora_A.shape != (rank, d_in) or lora_B.shape != (d_out, rank):
                 raise ValueError(
@@ -280,9 +297,17 @@ class FusedProjectedLoraLinear(ProjectedLoraLinear):
         Raises:
             TypeError, ValueError: an argument of another type or shape.
         """
+        iterable("linears", linears, "a list of torch.nn.Linear")
         linears = list(linears)
         if not linears:
             raise ValueError("linears must hold at least one layer, got none")
+        for linear in linears:
+            instance("linears", linear, nn.Linear, "a list of torch.nn.Linear")
+        kinds = {(linear.weight.shape[1], linear.weight.dtype, linear.weight.device) for linear in linears}
+        if len(kinds) != 1:
+            raise ValueError(f"linears must be layers of one d_in, dtype and device, got {sorted(map(str, kinds))}")
+        if init is not None:
+            instance("init", init, (list, tuple), "a list of pairs (A0, B0)")
         if init is not None and len(init) != len(linears):
             raise ValueError(f"init must have one (A0, B0) per layer, {len(linears)}, got {len(init)}")
         starts = [None] * len(linears) if init is None else list(init)
@@ -292,15 +317,12 @@ class FusedProjectedLoraLinear(ProjectedLoraLinear):
             )
             for linear, start in zip(linears, starts, strict=True)
         ]
-        kinds = {(part.weight.shape[1], part.weight.dtype, part.weight.device) for part in parts}
-        if len(kinds) != 1:
-            raise ValueError(f"linears must be layers of one d_in, dtype and device, got {sorted(map(str, kinds))}")
         bias = None
         if any(part.bias is not None for part in parts):
             bias = torch.cat(
                 [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
             )
-        fused = cls(
+        return cls(
             torch.cat([part.weight for part in parts]),
             bias,
             torch.cat([part.lora_A for part in parts]),
@@ -310,9 +332,8 @@ class FusedProjectedLoraLinear(ProjectedLoraLinear):
             scale=parts[0].scale,
             dropout=dropout,
             virtual_residual=init is not None,
+            output_sizes=[len(part.weight) for part in parts],
         )
-        fused.output_sizes = [len(part.weight) for part in parts]
-        return fused
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         # Not split: autograd refuses in-place changes of what one call gave as several views. Nothing else holds y.

@@ -392,10 +392,10 @@ def test_guarded_adamw_refuses_by_name(tiny):
         ({"params": [{"params": parameters, "amsgrad": True}]}, "has no amsgrad; use torch.optim.AdamW with"),
         ({"params": [{"params": parameters, "maximize": True}]}, "has no maximize; use torch.optim.AdamW with"),
         ({"lr": torch.tensor(0.1)}, "takes lr as a number, got a tensor; use torch.optim.AdamW with"),
-        ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\), got \(0.9, 1.0\)"),
-        ({"lr": -0.1}, "lr must not be negative, got -0.1"),
-        ({"eps": -1.0}, "eps must not be negative, got -1.0"),
-        ({"weight_decay": float("nan")}, "weight_decay must not be negative, got nan"),
+        ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\), got 1\.0"),
+        ({"lr": -0.1}, "lr must be 0 or more, got -0.1"),
+        ({"eps": -1.0}, "eps must be 0 or more, got -1.0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be 0 or more, got nan"),
         ({"params": parameters[1:]}, "does not hold the lora_A of 1 of 14 guarded layers"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -283,7 +283,7 @@ def test_repr_names_what_matters():
             ValueError,
             rf"basis must be \(d, k\) with d = {D_IN} .*\({D_IN + 1}, 2\)",
         ),
-        ({"basis": torch.ones(D_IN)}, ValueError, rf"basis must be \(d, k\), got shape \({D_IN},\)"),
+        ({"basis": torch.ones(D_IN)}, ValueError, rf"basis must be \(d, k\) with d = 19 .*, got shape \({D_IN},\)"),
         (
             {"init": (torch.ones(R, D_IN), torch.ones(R, D_OUT))},
             ValueError,

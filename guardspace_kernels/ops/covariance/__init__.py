@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 
 from guardspace_kernels import dispatch
+from guardspace_kernels.arguments import shown
 from guardspace_kernels.ops import _triton
 from guardspace_kernels.ops._library import (
     LIBRARY,
@@ -60,8 +62,14 @@ def _check_update(covariance: torch.Tensor, x: torch.Tensor, mask: torch.Tensor 
     require_same_device(op, "covariance", covariance, x=x, mask=mask)
 
 
+def _check_scale(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"covariance_update_: scale must be finite, got {scale}")
+
+
 def _update(covariance: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None = None, scale: float = 1.0) -> None:
     _check_update(covariance, x, mask)
+    _check_scale(scale)
     dispatch.resolve("covariance", "covariance_update_", covariance, x, mask)([(covariance, x, mask, scale)])
 
 
@@ -93,6 +101,7 @@ def _update_list(
     scale: float = 1.0,
 ) -> None:
     _check_update_list(covariance, x, mask, scale)
+    _check_scale(scale)
     items = [(*arguments, scale) for arguments in zip(covariance, x, mask, strict=True)]
     dispatch.call_all("covariance", "covariance_update_", items, lambda item: item[:3])
 
@@ -185,7 +194,10 @@ def covariance_update_(
     """
     if isinstance(covariance, torch.Tensor):
         if not isinstance(x, torch.Tensor) or not (mask is None or isinstance(mask, torch.Tensor)):
-            raise TypeError("covariance_update_: with one covariance, x must be one tensor and mask a tensor or None")
+            raise TypeError(
+                "covariance_update_: with one covariance, x must be one tensor and mask a tensor or None, got "
+                f"{shown(x)} and {shown(mask)}"
+            )
         _update_op(covariance, x, mask, scale)
         return
     if not isinstance(covariance, Iterable):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from guardspace_kernels import dispatch
+from guardspace_kernels.arguments import shown
 from guardspace_kernels.ops import _triton
 from guardspace_kernels.ops._library import (
     LIBRARY,
@@ -88,6 +90,9 @@ def _updates(
         raise ValueError("projected_adamw_: a matrix occurs twice among params; give each one once")
     if not (0 <= settings[1] < 1 and 0 <= settings[2] < 1):
         raise ValueError(f"projected_adamw_: beta1 and beta2 must be in [0, 1), got {settings[1]} and {settings[2]}")
+    for name, value in (("lr", settings[0]), ("eps", settings[3]), ("weight_decay", settings[4])):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"projected_adamw_: {name} must be 0 or more, and finite, got {value}")
     updates = [Update(*item, settings) for item in zip(params, *lists.values(), strict=True)]  # type: ignore[call-arg]
     for i, update in enumerate(updates):
         _check_update(f"projected_adamw_[{i}]", update)
@@ -175,7 +180,10 @@ def null_project_(
     """
     if isinstance(g, torch.Tensor):
         if not isinstance(basis, torch.Tensor) or not isinstance(complement, bool):
-            raise TypeError("null_project_: with one tensor g, basis must be one tensor and complement one bool")
+            raise TypeError(
+                "null_project_: with one tensor g, basis must be one tensor and complement one bool, got "
+                f"{shown(basis)} and {shown(complement)}"
+            )
         _project_op(g, basis, complement)
         return
     if not isinstance(g, Iterable):
@@ -183,8 +191,17 @@ def null_project_(
     if isinstance(basis, torch.Tensor) or not isinstance(basis, Iterable):
         got = f"one tensor of shape {shape(basis)}" if isinstance(basis, torch.Tensor) else type(basis).__name__
         raise TypeError(f"null_project_: with a list g, basis must be a list, got {got}")
-    complements = [complement] * len(g) if isinstance(complement, bool) else list(complement)
-    _project_list_op(list(g), list(basis), complements)
+    g = list(g)
+    _project_list_op(g, list(basis), _each("null_project_", "complement", complement, len(g)))
+
+
+def _each(op: str, name: str, value: bool | Sequence[bool], count: int) -> list[bool]:
+    """One bool for each of ``count``; the schema would take None for False, and so the other projector."""
+    if isinstance(value, bool):
+        return [value] * count
+    if not isinstance(value, (list, tuple)) or not set(map(type, value)) <= {bool}:
+        raise TypeError(f"{op}: {name} must be True, False or a list of them, got {shown(value)}")
+    return list(value)
 
 
 def projected_adamw_(
@@ -220,8 +237,15 @@ def projected_adamw_(
         TypeError, ValueError: a dtype, shape, device, list length or beta that does not fit; a matrix twice.
         RuntimeError: in grad mode, if a param requires grad.
     """
-    complements = [complements] * len(params) if isinstance(complements, bool) else list(complements)
+    lists = {
+        "params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps,
+        "bases": bases,
+    }  # fmt: skip
+    for name, values in lists.items():
+        if isinstance(values, (str, torch.Tensor)) or not isinstance(values, Iterable):
+            raise TypeError(f"projected_adamw_: {name} must be a list of tensors, got {shown(values)}")
+    params = list(params)
     _adamw_op(
-        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps), list(bases), complements,
-        lr, beta1, beta2, eps, weight_decay,
+        params, list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps), list(bases),
+        _each("projected_adamw_", "complements", complements, len(params)), lr, beta1, beta2, eps, weight_decay,
     )  # fmt: skip

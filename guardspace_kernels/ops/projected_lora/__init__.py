@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from guardspace_kernels import dispatch
+from guardspace_kernels.arguments import instance, shown
 from guardspace_kernels.ops import _triton
 from guardspace_kernels.ops._library import (
     AUTOCAST,
@@ -112,6 +113,28 @@ def _check_backward(
             )
     if len(needs) != 3:
         raise ValueError(f"{_OP}: needs must tell of x, lora_A and lora_B, three values, got {len(needs)}")
+
+
+def check_layer(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    basis: torch.Tensor | None,
+    output_sizes: Sequence[int] | None = None,
+) -> None:
+    """TypeError or ValueError unless the op would take these with some x: for modules that hold them."""
+    tensors = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    for name, t in (("bias", bias), ("basis", basis)):
+        if t is not None:
+            tensors[name] = t
+    for name, t in tensors.items():
+        instance(name, t, torch.Tensor, "a tensor")
+    require_float(_OP, **tensors)
+    require_same_device(_OP, "weight", tensors.pop("weight"), **tensors)
+    if weight.dim() != 2:
+        raise ValueError(f"{_OP}: weight must be (d_out, d_in), got shape {shape(weight)}")
+    _check(weight[:0], weight, lora_A, lora_B, basis, bias, None, None, 0.0, None, output_sizes)
 
 
 def _check_pair(kind: str, A: torch.Tensor, B: torch.Tensor, d_in: int, d_out: int, parts: int) -> None:
@@ -383,7 +406,9 @@ def projected_lora(
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{_OP}: x must be a tensor, got {type(x).__name__}")
-    if dropout > 0.0 and seed is None:
+    if complement is not True and complement is not False:
+        raise TypeError(f"{_OP}: complement must be True or False, got {shown(complement)}")
+    if dropout and seed is None:
         seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
     elif isinstance(seed, int):
         seed = torch.tensor(seed, dtype=torch.int64)
