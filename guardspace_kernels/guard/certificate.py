@@ -30,6 +30,7 @@ from guardspace_kernels.guard.routing import Routing
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 from guardspace_kernels.nn import NullSpaceProjector, ProjectedLoraLinear
 from guardspace_kernels.ops import squared_drift
+from guardspace_kernels.ops._library import full_float32_products
 
 #: What rounding A P to its dtype leaves outside the null space, ‖A − A P‖ / ‖A‖, with a wide margin.
 LEAK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -431,6 +432,7 @@ class _Meter:
         self.tokens = 0
 
     def hook(self, name: str, routing: Routing) -> Any:
+        @full_float32_products()
         def hook(_module: nn.Module, args: tuple[Any, ...], _output: torch.Tensor) -> None:
             real, first = routing.tokens(name, args[0])
             x = args[0][real & ~first].float()

@@ -17,6 +17,7 @@ from guardspace_kernels.guard.layers import is_conv1d, linear_weight, parameter_
 from guardspace_kernels.nn import NullSpaceProjector
 from guardspace_kernels.nn.projected_lora_linear import delta_factors, merged_weight
 from guardspace_kernels.ops import projected_lora
+from guardspace_kernels.ops._library import full_float32_products
 
 
 class GuardedLinear(LoraLinear):
@@ -135,7 +136,8 @@ class GuardedLinear(LoraLinear):
         """``s·B₀A₀P`` (d_out, d_in)."""
         A, B = self.frozen_factors
         dtype = torch.promote_types(A.dtype, torch.float32)
-        return self.scale * (B.to(dtype) @ A.to(dtype))
+        with full_float32_products():
+            return self.scale * (B.to(dtype) @ A.to(dtype))
 
     def _oriented(self, matrix: torch.Tensor) -> torch.Tensor:
         """(d_out, d_in) as the layer stores its weight, or back."""
@@ -212,7 +214,9 @@ class GuardedLinear(LoraLinear):
         if self.weight_is_residual:
             rank = self.A.shape[0]
             F, G = F[:, :rank], G[:rank]
-        return self._oriented(F @ G).to(self.get_base_layer().weight.dtype)
+        with full_float32_products():
+            delta = F @ G
+        return self._oriented(delta).to(self.get_base_layer().weight.dtype)
 
     # ---- merging
 

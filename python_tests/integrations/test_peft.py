@@ -140,6 +140,26 @@ def test_virtual_residual_never_touches_the_base(tiny, kind):
     assert all(torch.equal(p, plain[n]) != (n == "score.weight") for n, p in tiny.base(kind).named_parameters())
 
 
+@pytest.mark.parametrize("setting", ["autocast", "medium", "bf16 for one backend"])
+def test_reduced_products_do_not_reach_the_weights(tiny, setting, matmul_precision):
+    """What residual="frozen" writes and what merging adds are formed in float32, whatever trainers allow."""
+
+    def weights():
+        model = tiny.guarded(residual="frozen")
+        frozen = {name: layer.get_base_layer().weight.clone() for name, layer in model.guarded_layers().items()}
+        with torch.no_grad():
+            for layer in model.guarded_layers().values():
+                layer.B.add_(0.1)
+        return frozen, {name: layer.get_delta_weight("default") for name, layer in model.guarded_layers().items()}
+
+    expected = weights()
+    if setting != "autocast":
+        matmul_precision(setting)
+    with torch.autocast("cpu", torch.bfloat16, enabled=setting == "autocast"):
+        for ours, theirs in zip(weights(), expected, strict=True):
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_frozen_residual_writes_the_weight_and_restores_it(tiny):
     model = tiny.guarded(residual="frozen")
     tiny.train(model)
