@@ -83,8 +83,12 @@ class NullSpaceProjector(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(x, torch.Tensor) or x.dim() < 1 or x.shape[-1] != self.basis.shape[0]:
             raise ValueError(f"x must be a tensor (..., d) with d = {self.basis.shape[0]}, got {shown(x)}")
-        onto_basis = (x @ self.basis.to(x.dtype)) @ self.basis.to(x.dtype).T
-        return x - onto_basis if self.complement else onto_basis
+        """``x P`` (..., d) in the dtype of x, formed in the wider of its and the basis's, under autocast too."""
+        dtype = torch.promote_types(x.dtype, self.basis.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            wide, basis = x.to(dtype), self.basis.to(dtype)
+            onto_basis = (wide @ basis) @ basis.T
+            return (wide - onto_basis if self.complement else onto_basis).to(x.dtype)
 
     @torch.no_grad()
     def project_(self, g: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,35 @@ def test_forward_is_differentiable(complement):
 
 
 @FORMS
+@pytest.mark.parametrize(
+    "dtype, autocast, bound",
+    [
+        (torch.float32, True, 1e-6),
+        (torch.float32, False, 1e-6),
+        (torch.bfloat16, False, 4e-3),
+        (torch.float16, True, 5e-4),
+    ],
+    ids=str,
+)
+def test_forward_is_rounded_once(dtype, autocast, bound, complement):
+    basis, x = orthonormal(D, K, torch.float32), torch.randn(50, D, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = NullSpaceProjector(basis, complement)(x)
+    exact = x.double() @ dense_projector(basis, complement, D)
+    assert y.dtype == dtype and error(y, exact) < bound
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_forward_compiles_to_one_graph():
+    projector = NullSpaceProjector(orthonormal(D, K, torch.float32))
+    compiled = torch.compile(projector, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (3, 7):
+        x = torch.randn(tokens, D)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert error(compiled(x), projector(x).double()) < 1e-6
+
+
+@FORMS
 def test_the_output_may_be_changed_in_place(complement):
     projector = NullSpaceProjector(orthonormal(D, K), complement)
 
