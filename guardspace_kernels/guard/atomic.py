@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
+import math
 import os
 import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from guardspace_kernels.arguments import path as checked_path
 
@@ -34,6 +36,25 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """As :func:`write_atomic`, in UTF-8."""
     write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2) -> None:
+    """As :func:`write_atomic`, valid JSON whatever the numbers.
+
+    JSON has none for NaN and infinity. They are the strings "NaN" and "Infinity", which no comparison with a bound
+    takes for a small number, as several languages do with null.
+    """
+    write_text(path, json.dumps(_finite(value), indent=indent, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 class Staged:

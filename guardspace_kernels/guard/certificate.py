@@ -323,8 +323,9 @@ def _require_base(model: nn.Module, layers: dict[str, AdaptedLayer], stats: Cali
         )
 
 
-def _check_entry(name: str, entry: InputStatistics, covariance: torch.Tensor) -> None:
-    """ValueError where no drift can be told from the statistics: every adapter would pass, or none."""
+def checked_covariance(name: str, entry: InputStatistics, device: torch.device | str = "cpu") -> torch.Tensor:
+    """C; ValueError that names the layer if no drift can be told from it: every adapter would pass, or none."""
+    covariance = entry.covariance_on(device)
     if not (is_finite(covariance) and is_finite(entry.sinks)):
         raise ValueError(f"layer {name}: the statistics hold non-finite values; collect them again")
     if entry.tokens == 0 and not entry.routed:
@@ -335,11 +336,11 @@ def _check_entry(name: str, entry: InputStatistics, covariance: torch.Tensor) ->
             f"layer {name}: the statistics of {entry.tokens} tokens have "
             f"{'a negative variance' if bool((diagonal < 0).any()) else 'no energy'}; collect them again"
         )
+    return covariance
 
 
 def _certify_layer(name: str, layer: AdaptedLayer, entry: InputStatistics) -> LayerDrift:
-    covariance = entry.covariance_on(layer.weight.device)
-    _check_entry(name, entry, covariance)
+    covariance = checked_covariance(name, entry, layer.weight.device)
     output = squared_output(layer.weight, covariance)
     free_energy = float(covariance.double().trace())
     if layer.projector is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from guardspace_kernels.guard.atomic import write_text
+from guardspace_kernels.guard.atomic import write_json
 
 
 class DriftExceededError(RuntimeError):
@@ -42,8 +42,8 @@ class LayerDrift:
 
     @property
     def largest(self) -> float:
-        """Of ``drift`` and ``sink_drift``; NaN if either is, since what is not known may be anything."""
-        return math.nan if math.isnan(self.drift) or math.isnan(self.sink_drift) else max(self.drift, self.sink_drift)
+        """Of ``drift`` and ``sink_drift``."""
+        return largest([self.drift, self.sink_drift])
 
 
 @dataclass
@@ -108,12 +108,8 @@ class DriftReport:
         return {"max_drift": self.max_drift, **asdict(self)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """As JSON, atomically.
-
-        JSON has no number for NaN and infinity. They are the strings "NaN" and "Infinity", which no comparison with a
-        bound takes for a small number, as several languages do with null.
-        """
-        write_text(path, json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False))
+        """As JSON, atomically; NaN and infinity are the strings "NaN" and "Infinity"."""
+        write_json(path, self.to_dict())
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.layers)
@@ -147,19 +143,13 @@ class DriftReport:
         return "\n".join([*lines, *self.notes])
 
 
+def largest(values: Iterable[float]) -> float:
+    """Python's ``max``, but NaN if any of them is: what is not known may be anything."""
+    return max(values, key=lambda value: (math.isnan(value), value))
+
+
 def _some(changed: dict[str, str]) -> str:
     """A few of them in words."""
     shown = ", ".join(f"{name} ({what})" for name, what in [*changed.items()][:3])
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return f"the model differs from the base model in {shown}{more}"
-
-
-def _finite(value: Any) -> Any:
-    """The same with a string for every number that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from dataclasses import asdict, dataclass
@@ -14,9 +13,10 @@ from torch import nn
 
 from guardspace_kernels.arguments import instance, shown, writable_folder
 from guardspace_kernels.guard.adapter_folder import ADAPTER_CONFIG, write_adapter
-from guardspace_kernels.guard.atomic import write_text
+from guardspace_kernels.guard.atomic import write_json
 from guardspace_kernels.guard.beside import check_trained, check_unchanged, weights_beside
-from guardspace_kernels.guard.certificate import adapted_layers, check_statistics, relative_drift
+from guardspace_kernels.guard.certificate import adapted_layers, check_statistics, checked_covariance, relative_drift
+from guardspace_kernels.guard.drift import largest
 from guardspace_kernels.guard.layers import adapted_base
 from guardspace_kernels.guard.peft_description import auto_mapping, target_modules, task_type
 from guardspace_kernels.guard.plan import serving_remark
@@ -47,14 +47,14 @@ class ExportReport:
     drift: dict[str, float]
 
     def __str__(self) -> str:
-        text = f"rank-{self.rank} LoRA in {self.dtype} at {self.path}: worst leak {max(self.leak.values()):.1e}"
-        text += f", worst drift {max(self.drift.values()):.1e}" if self.drift else ""
+        text = f"rank-{self.rank} LoRA in {self.dtype} at {self.path}: worst leak {largest(self.leak.values()):.1e}"
+        text += f", worst drift {largest(self.drift.values()):.1e}" if self.drift else ""
         remark = serving_remark(self.rank)
         return f"{text}; {remark}" if remark else text
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """As JSON, atomically."""
-        write_text(path, json.dumps(asdict(self), indent=2))
+        write_json(path, asdict(self))
 
 
 def peft_key(layer: str, factor: str) -> str:
@@ -132,7 +132,7 @@ def plain_lora(
         tensors[peft_key(name, "lora_B")] = nn.functional.pad(F, (0, missing)).cpu().contiguous()
         leak[name] = layer.leak(F, G)
         if stats is not None:
-            drift[name] = relative_drift(F, G, layer.weight, stats.for_layer(name).covariance)
+            drift[name] = relative_drift(F, G, layer.weight, checked_covariance(name, stats.for_layer(name)))
     base = adapted_base(model)
     task = task_type(base)
     config = LoraConfig(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from guardspace_kernels.arguments import boolean, instance, integer, iterable
-from guardspace_kernels.guard.atomic import write_text
+from guardspace_kernels.guard.atomic import write_json
 from guardspace_kernels.guard.null_space import free_dimensions
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 
@@ -89,7 +88,7 @@ class Inspection:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """As JSON, atomically."""
-        write_text(path, json.dumps(self.to_dict()))
+        write_json(path, self.to_dict(), indent=None)
 
     def __str__(self) -> str:
         extra = [name for name in ("heldout", "task") if getattr(self.inputs[0], name) is not None]

@@ -568,12 +568,14 @@ def no_tokens(entry):
     ],
 )
 @pytest.mark.parametrize("bound", [None, 1e9])
-def test_statistics_that_tell_nothing_certify_nothing(change, match, bound):
+def test_statistics_that_tell_nothing_certify_nothing(change, match, bound, tmp_path):
     model = tiny_llama()
     stats = collect(model)
     guarded = perturb(gk.attach_guard(model, plan_for(model, stats)))
     with pytest.raises(ValueError, match=rf"layer model\.layers\.0\.self_attn\.{match}"):
         gk.certify(guarded, altered(stats, change), max_drift=bound)
+    with pytest.raises(ValueError, match=rf"layer model\.layers\.0\.self_attn\.{match}"):
+        gk.export_lora(guarded, tmp_path, stats=altered(stats, change))
 
 
 def test_adapters_that_are_switched_off_certify_nothing():
