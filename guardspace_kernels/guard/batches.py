@@ -96,11 +96,9 @@ def check_length(model: nn.Module, batch: Batch, index: int, answer_tokens: int 
         )
 
 
-def first_tokens(mask: torch.Tensor) -> torch.Tensor:
-    """A mask of each row's first real token, on whichever side the padding is."""
-    first = torch.zeros_like(mask)
-    first[torch.arange(mask.shape[0], device=mask.device), mask.int().argmax(dim=1)] = True
-    return first
+def first_tokens(mask: torch.Tensor, count: int = 1) -> torch.Tensor:
+    """A mask of each row's first ``count`` real tokens, on whichever side the padding is."""
+    return mask & (mask.long().cumsum(dim=1) <= count)
 
 
 def check_answerable(model: nn.Module, batch: Batch) -> None:

@@ -160,7 +160,8 @@ def certify(
     """Certifies how far the adapter moves each layer's output on harmful prompts.
 
     Exact and without a pass over data: ``‖ΔW X‖_F² = Σ (FᵀF) ∘ (G C Gᵀ)`` from the stored covariance, relative to
-    ``‖W X‖_F² = tr(W C Wᵀ)``. X holds the calibration tokens but the first of each prompt, which are judged apart. The
+    ``‖W X‖_F² = tr(W C Wᵀ)``. X holds the calibration tokens but the first of each prompt, which are judged apart, and
+    where the statistics weigh kinds of tokens, ``C = Σ_k w_k X_kᵀ X_k``, both are sums of tokens so weighted. The
     inputs X are the base model's: layers are judged one by one, each at the inputs that the base model feeds it.
 
     All other weights are compared with those of the model that the statistics were collected on. If one differs, the
@@ -256,6 +257,8 @@ def _add_notes(
         report.notes.append("no projector: an ordinary adapter, whose drift is bounded only by its norm")
     if plan is not None and plan.left_out:
         report.notes.append(f"{len(plan.left_out)} layers are left out of the plan and stay frozen")
+    if stats.weighting:
+        report.notes.append(f"the calibration tokens are weighted by kind, as in the statistics: {stats.weighting}")
     blank = sum(stats.for_layer(name).tokens == 0 for name in layers)
     if blank == len(layers):
         raise ValueError("no adapted layer read a calibration token, so that nothing can be told; collect on others")

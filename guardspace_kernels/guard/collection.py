@@ -35,7 +35,7 @@ from guardspace_kernels.guard.layers import find_layers, linear_weight, unwrappe
 from guardspace_kernels.guard.lockstep import Lockstep
 from guardspace_kernels.guard.passes import CollectionPlan, Replay, parse_bytes, plan_passes, release_memory
 from guardspace_kernels.guard.routing import Routing, grouped_as_siblings
-from guardspace_kernels.guard.sampling import Sample, Template, marks
+from guardspace_kernels.guard.sampling import EQUAL, Sample, Template, checked_weights, marks
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 
 _NO_PROMPT = "batches is empty: at least one prompt is needed"
@@ -103,6 +103,8 @@ def collect_statistics(
     *,
     answer_tokens: int = 0,
     separate_sink: bool = True,
+    separate_prefix: int = 0,
+    kind_weights: Mapping[str, float] | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -135,6 +137,11 @@ def collect_statistics(
         answer_tokens: generate this many tokens of the model's own greedy answer and include them: refusing is
             decided there.
         separate_sink: False counts the first token as any other.
+        separate_prefix: up to so many tokens that all prompts of a batch begin with are kept out of C and apart, like
+            the first one: each has the same input in every prompt of a causal model, and one direction protects it
+            wholly. Experts count them.
+        kind_weights: of "template", "request" and "answer" tokens, default 1: ``C = Σ_k w_k · X_kᵀ X_k``. What a plan
+            then protects, and what :func:`guardspace_kernels.certify` says, is of tokens so weighted. Not with experts.
         dtype: of C: float32 or float64 (for ``rule="paper"``, whose threshold float32 hardly resolves).
         progress: show a progress bar.
         checkpoint: a file that holds the state after every ``checkpoint_every`` batches (the size of the statistics
@@ -165,6 +172,10 @@ def collect_statistics(
     separate_sink, progress = boolean("separate_sink", separate_sink), boolean("progress", progress)
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {shown(dtype)}")
+    separate_prefix = integer("separate_prefix", separate_prefix, 0)
+    if separate_prefix and not separate_sink:
+        raise ValueError("separate_prefix needs separate_sink=True: the first token is the first of the prefix")
+    weights = checked_weights(kind_weights)
     checkpoint_every = integer("checkpoint_every", checkpoint_every, 1)
     parse_bytes("max_memory", max_memory)
     model = unwrapped(model)
@@ -177,6 +188,8 @@ def collect_statistics(
         batches = _check_all(model, batches, answer_tokens, lockstep)
     fingerprint = ModelFingerprint.of(model, list(layers))
     options = {"answer_tokens": answer_tokens, "separate_sink": separate_sink, "dtype": str(dtype)}
+    if separate_prefix or weights != EQUAL:
+        options |= {"separate_prefix": separate_prefix, "kind_weights": list(weights)}
     routing = Routing(model)
     passes, replay, once, probes = [list(layers)], None, False, None
     with ExitStack() as stack:
@@ -197,7 +210,7 @@ def collect_statistics(
         answered: dict[int, Batch] = {}
         prompts = 0
         for number, names in enumerate(passes):
-            collector = Collector(layers, names, dtype, separate_sink, routing, probes)
+            collector = Collector(layers, names, dtype, separate_sink, routing, probes, weights)
             path, every = checkpoint, checkpoint_every
             if several and checkpoint is None:
                 path, every = os.path.join(folder, str(number)), sys.maxsize
@@ -216,6 +229,7 @@ def collect_statistics(
                     _check(model, raw, index, answer_tokens)
                     mask = checked_mask(raw, index)
                     kinds = template.kinds(raw, index, mask)
+                    apart = max(1, min(separate_prefix, template.before))
                     if state.has(index, raw):
                         continue
                 batch = answered.get(index) or to_device(model, raw)
@@ -225,7 +239,7 @@ def collect_statistics(
                         answered[index] = batch
                 whole = checked_mask(batch, index)
                 with ExitStack() as running:
-                    running.enter_context(collector.counting(whole, marks(raw, mask, kinds, whole)))
+                    running.enter_context(collector.counting(whole, marks(raw, mask, kinds, whole, apart)))
                     if replay:
                         running.enter_context(replay.run(index, partial(collector.arrived, _OUTPUT)))
                     if once:
@@ -259,7 +273,8 @@ def collect_statistics(
     for one in inputs:
         one.routed = routing.routed(one.layers[0])
     inputs.sort(key=lambda one: order[one.layers[0]] if one.routed else -1)
-    return CalibrationStatistics(inputs, fingerprint, prompts, sampler.held_prompts, tuple(sampler.kind_tokens))
+    held, kind_tokens = sampler.held_prompts, tuple(sampler.kind_tokens)
+    return CalibrationStatistics(inputs, fingerprint, prompts, held, kind_tokens, weights)
 
 
 def _of_no_token(layers: list[str], features: int, dtype: torch.dtype) -> InputStatistics:

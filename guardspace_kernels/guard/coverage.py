@@ -84,7 +84,14 @@ _INPUT = forms.fields(
     {"rest": forms.maybe(forms.number), "heldout": forms.maybe(forms.number)},
 )
 #: The form of :meth:`Coverage.to_dict`.
-COVERAGE = forms.fields({"prompts": forms.count, "held_prompts": forms.count, "inputs": forms.several(_INPUT)})
+COVERAGE = forms.fields(
+    {
+        "prompts": forms.count,
+        "held_prompts": forms.count,
+        "inputs": forms.several(_INPUT),
+        "weighting": forms.text,
+    }
+)
 
 
 @dataclass
@@ -93,12 +100,13 @@ class Coverage:
 
     Attributes:
         prompts: of the statistics. held_prompts: how many of them could be held out.
-        inputs: of each of the plan's spaces.
+        inputs: of each of the plan's spaces. weighting: of kinds of tokens in the energy, in words; empty if none.
     """
 
     prompts: int
     held_prompts: int
     inputs: list[InputCoverage]
+    weighting: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -106,7 +114,7 @@ class Coverage:
     @classmethod
     def from_dict(cls, entries: dict[str, Any]) -> Coverage:
         inputs = [InputCoverage(**entry) for entry in entries["inputs"]]
-        return cls(entries["prompts"], entries["held_prompts"], inputs)
+        return cls(entries["prompts"], entries["held_prompts"], inputs, entries["weighting"])
 
     def mean(self, name: str) -> float | None:
         """Of ``energy``, ``rest`` or ``heldout`` over the inputs that have it."""
@@ -135,11 +143,15 @@ class Coverage:
                 f"{heldout:.2%} of held-out prompts' ({self.held_prompts} of {self.prompts}, planned without them)"
             ]
         lines.append(f"by kind of token, outside lies {shown(kinds)}")
+        if self.weighting:
+            lines.append(f"energy is that of tokens weighted by kind: {self.weighting}")
         apart, few = (sum(getattr(one, name) for one in self.inputs) for name in ("kinds_apart", "few_hold_all"))
         if apart:
             lines.append(
                 f"warning: at {apart} of {len(self.inputs)} inputs some kinds of tokens take the protection from "
-                "others; give those less weight (collect_statistics(kind_weights=...)), or raise protect"
+                "others; give those less weight, such as "
+                f'collect_statistics(kind_weights={{"{min(kinds, key=lambda kind: kinds[kind])}": 0.1}}), keep the '
+                "beginning that all prompts share apart (separate_prefix=...), or raise protect"
             )
         if few:
             alike = max(self.by_kind("alike").values())

@@ -263,7 +263,7 @@ def plan_guard(
         )
     layers = {name: of_layer[name] for name in names if name in of_layer}
     told = [one.coverage for one in kept if one.coverage is not None]
-    coverage = Coverage(stats.prompts, stats.held_prompts, told) if told else None
+    coverage = Coverage(stats.prompts, stats.held_prompts, told, stats.weighting) if told else None
     spaces = [one.space for one in kept]
     return GuardPlan(config, layers, spaces, stats.fingerprint.restricted(layers), left_out, coverage)
 

@@ -7,17 +7,20 @@ they are batched or divided among processes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 
+from guardspace_kernels.arguments import choice, instance, number
 from guardspace_kernels.guard.batches import TOKEN_KINDS, Batch
 
 KINDS = ("template", "request", "answer")
 TEMPLATE, REQUEST, ANSWER = range(3)
+
+EQUAL = (1.0, 1.0, 1.0)
 
 SAMPLED = 32  # rows of each kind
 _HELD = 4  # one prompt in so many is held out
@@ -70,14 +73,16 @@ class Marks:
 
     Attributes:
         kinds: indices into :data:`KINDS`. keys: see :class:`Sample`. held: whether the prompt can be held out.
+        apart: of each prompt so many tokens at its beginning are kept apart as directions of their own.
     """
 
     kinds: torch.Tensor
     keys: torch.Tensor
     held: torch.Tensor
+    apart: int = 1
 
 
-def marks(batch: Batch, mask: torch.Tensor, kinds: torch.Tensor, whole: torch.Tensor) -> Marks:
+def marks(batch: Batch, mask: torch.Tensor, kinds: torch.Tensor, whole: torch.Tensor, apart: int = 1) -> Marks:
     """Of a batch with that mask and those kinds, which became ``whole`` (a mask) if answers were appended."""
     mask, whole = mask.cpu(), whole.cpu()
     if whole.shape != mask.shape:  # answers need padding on the left
@@ -88,7 +93,7 @@ def marks(batch: Batch, mask: torch.Tensor, kinds: torch.Tensor, whole: torch.Te
     mixed = _mixed(hashes[:, None] + places * np.uint64(0x9E3779B97F4A7C15))
     keys = torch.from_numpy((mixed >> np.uint64(64 - _HASH_BITS)).astype(np.int64)) | (kinds << _HASH_BITS)
     held = torch.from_numpy(hashes % np.uint64(_HELD) == 0)
-    return Marks(kinds, keys, held[:, None].expand(whole.shape))
+    return Marks(kinds, keys, held[:, None].expand(whole.shape), apart)
 
 
 def _bytes(t: torch.Tensor) -> bytes:
@@ -125,15 +130,17 @@ class Sampler:
         held_prompts, kind_tokens: see :class:`guardspace_kernels.guard.statistics.CalibrationStatistics`.
         new, held: of the batch's real tokens, in the mask's order: indices of those that join the samples, and a mask
             of those to hold out, None where there are none.
+        parts: masks of the tokens that count, with their weights; empty where all count alike.
     """
 
-    def __init__(self, probes: set[str]) -> None:
-        self.probes = probes
+    def __init__(self, probes: set[str], weights: Sequence[float] = EQUAL) -> None:
+        self.probes, self.weights = probes, weights
         self.keys = torch.empty(0, dtype=torch.int64)
         self.held_prompts = 0
         self.kind_tokens = [0] * len(KINDS)
         self.new = self.new_keys = self.keys
         self.held: torch.Tensor | None = None
+        self.parts: list[tuple[torch.Tensor, float]] = []
 
     def begin(self, marks: Marks, mask: torch.Tensor, counted: torch.Tensor) -> None:
         """A batch with that mask, of whose real tokens the ``counted`` ones (a mask) count."""
@@ -146,38 +153,42 @@ class Sampler:
         self.new_keys = keys[self.new]
         self.keys = known[which]
         self.held = held & counted if held.any() else None
+        if any(weight != 1.0 for weight in self.weights):
+            given = torch.tensor(self.weights, dtype=torch.float64)[kinds]
+            self.parts = [(counted & (given == w), w) for w in sorted(set(self.weights)) if w > 0]
         self.held_prompts += int(marks.held[:, 0].sum())
         for kind, count in enumerate(kinds[counted].bincount(minlength=len(KINDS)).tolist()):
             self.kind_tokens[kind] += count
 
     def end(self) -> None:
         self.new = self.new_keys = self.keys[:0]
-        self.held = None
+        self.held, self.parts = None, []
 
 
 class Template:
     """Finds the kinds of tokens where a batch does not say: the template is what all prompts begin and end with.
 
     All prompts of a batch, that is, and the very first prompt, so that batches of one prompt will do.
+
+    Attributes:
+        before: how many tokens the latest batch's prompts begin with.
     """
 
     def __init__(self) -> None:
         self.first: list[int] | None = None
+        self.before = 0
 
     def kinds(self, batch: Batch, index: int, mask: torch.Tensor) -> torch.Tensor:
         """(prompts, tokens) int64, on the CPU; ValueError if the batch's own ``token_kinds`` are none."""
         given, ids, mask = batch.get(TOKEN_KINDS), batch.get("input_ids"), mask.cpu()
-        if given is not None:
-            return _checked(given, index, mask)
         kinds = torch.full(mask.shape, REQUEST)
-        if ids is None or not len(ids):
-            return kinds
-        prompts = [row[real].tolist() for row, real in zip(ids.cpu(), mask, strict=True)]
-        self.first = self.first or prompts[0]
-        before, after = _shared([self.first, *prompts])
-        places = mask.long().cumsum(dim=1) - 1
-        kinds[(places < before) | (places >= mask.sum(dim=1, keepdim=True) - after)] = TEMPLATE
-        return kinds
+        if ids is not None and len(ids):
+            prompts = [row[real].tolist() for row, real in zip(ids.cpu(), mask, strict=True)]
+            self.first = self.first or prompts[0]
+            self.before, after = _shared([self.first, *prompts])
+            places = mask.long().cumsum(dim=1) - 1
+            kinds[(places < self.before) | (places >= mask.sum(dim=1, keepdim=True) - after)] = TEMPLATE
+        return kinds if given is None else _checked(given, index, mask)
 
 
 def _checked(given: torch.Tensor, index: int, mask: torch.Tensor) -> torch.Tensor:
@@ -193,6 +204,21 @@ def _checked(given: torch.Tensor, index: int, mask: torch.Tensor) -> torch.Tenso
             f"{int(given[mask].min())} to {int(given[mask].max())}"
         )
     return given
+
+
+def checked_weights(given: Mapping[str, float] | None) -> tuple[float, ...]:
+    """By kind, in the order of :data:`KINDS`; TypeError or ValueError that names the argument."""
+    given = {} if given is None else given
+    instance("kind_weights", given, Mapping, f"a mapping of {', '.join(KINDS)} to numbers, or None")
+    for kind in given:
+        choice("kind_weights: a kind", kind, KINDS)
+    weights = tuple(
+        float(number(f"kind_weights[{kind!r}]", given.get(kind, 1.0), "a number of 0 or more", lambda w: w >= 0))
+        for kind in KINDS
+    )
+    if not any(weights):
+        raise ValueError("kind_weights must leave one kind a weight above 0, got 0 for all")
+    return weights
 
 
 def _shared(prompts: Sequence[list[int]]) -> tuple[int, int]:
@@ -222,4 +248,6 @@ def probed(layers: Sequence[str]) -> set[str]:
 
     candidates = [name for name in layers if not nested(name)] or list(layers)
     count = max(1, min(_PROBES, len(candidates) // 16))
-    return {candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count)}
+    if count == 1:
+        return {candidates[len(candidates) // 2]}
+    return {candidates[i * (len(candidates) - 1) // (count - 1)] for i in range(count)}

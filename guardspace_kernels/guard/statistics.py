@@ -16,7 +16,7 @@ from guardspace_kernels.arguments import instance
 from guardspace_kernels.guard import forms
 from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tensors
 from guardspace_kernels.guard.fingerprint import ModelFingerprint, fingerprint_form
-from guardspace_kernels.guard.sampling import Sample
+from guardspace_kernels.guard.sampling import EQUAL, KINDS, Sample
 from guardspace_kernels.guard.stored_inputs import checked_inputs
 from guardspace_kernels.ops import symmetrize_
 
@@ -27,7 +27,11 @@ _INPUT = forms.fields(
 )
 _HEADER = forms.fields(
     {"prompts": forms.count, "inputs": forms.several(_INPUT), "fingerprint": fingerprint_form},
-    {"held_prompts": forms.count, "kind_tokens": forms.exactly(forms.count, forms.count, forms.count)},
+    {
+        "held_prompts": forms.count,
+        "kind_tokens": forms.exactly(*3 * [forms.count]),
+        "kind_weights": forms.exactly(*3 * [forms.number]),
+    },
 )
 
 
@@ -142,7 +146,8 @@ class CalibrationStatistics:
 
     Attributes:
         prompts: how many were counted. held_prompts: how many of them can be held out.
-        kind_tokens: how many counted tokens are of each kind: template, request, answer.
+        kind_tokens: how many tokens, the first ones apart, are of each kind: template, request, answer.
+        kind_weights: with which they are counted.
     """
 
     inputs: list[InputStatistics]
@@ -150,6 +155,14 @@ class CalibrationStatistics:
     prompts: int
     held_prompts: int = 0
     kind_tokens: tuple[int, ...] = (0, 0, 0)
+    kind_weights: tuple[float, ...] = EQUAL
+
+    @property
+    def weighting(self) -> str:
+        """How kinds of tokens are weighted, in words; empty where they count alike."""
+        if self.kind_weights == EQUAL:
+            return ""
+        return ", ".join(f"{kind} {weight:g}" for kind, weight in zip(KINDS, self.kind_weights, strict=True))
 
     def __post_init__(self) -> None:
         self._by_layer = {name: entry for entry in self.inputs for name in entry.layers}
@@ -174,10 +187,15 @@ class CalibrationStatistics:
         self.fingerprint.check(other.fingerprint, "the statistics to merge")
         if [e.layers for e in self.inputs] != [e.layers for e in other.inputs]:
             raise ValueError("the statistics to merge cover other layers, or group them otherwise")
+        if self.kind_weights != other.kind_weights:
+            raise ValueError(
+                f"the statistics to merge weigh kinds of tokens by {self.kind_weights} and {other.kind_weights}; "
+                "collect both with the same kind_weights"
+            )
         merged = [a.merge(b) for a, b in zip(self.inputs, other.inputs, strict=True)]
         kinds = tuple(a + b for a, b in zip(self.kind_tokens, other.kind_tokens, strict=True))
         prompts, held = self.prompts + other.prompts, self.held_prompts + other.held_prompts
-        return CalibrationStatistics(merged, self.fingerprint, prompts, held, kinds)
+        return CalibrationStatistics(merged, self.fingerprint, prompts, held, kinds, self.kind_weights)
 
     def all_reduce(self, group: Any = None) -> CalibrationStatistics:
         """The statistics of all processes of a ``torch.distributed`` group together, the same on each of them.
@@ -187,13 +205,13 @@ class CalibrationStatistics:
         """
         import torch.distributed as dist
 
-        covered = [(entry.layers, str(entry.sinks.dtype)) for entry in self.inputs]
+        covered = [self.kind_weights, *((entry.layers, str(entry.sinks.dtype)) for entry in self.inputs)]
         mine = (self.fingerprint.model, covered, [(e.sinks, e.sample, e.held is not None) for e in self.inputs])
         gathered: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, mine, group)
         for rank, (*what, _) in enumerate(gathered):
             if what != list(gathered[0][:2]):
-                raise ValueError(f"the statistics of ranks 0 and {rank} are of other models, layers or dtypes")
+                raise ValueError(f"the statistics of ranks 0 and {rank} are of other models, layers, weights or dtypes")
         # NCCL reduces tensors on GPUs only.
         device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
@@ -225,7 +243,7 @@ class CalibrationStatistics:
                     held_tokens if held else 0,
                 )
             )
-        return CalibrationStatistics(reduced, self.fingerprint, prompts, held_prompts, tuple(kinds))
+        return CalibrationStatistics(reduced, self.fingerprint, prompts, held_prompts, tuple(kinds), self.kind_weights)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically: of every covariance its lower triangle."""
@@ -239,6 +257,7 @@ class CalibrationStatistics:
             "prompts": self.prompts,
             "held_prompts": self.held_prompts,
             "kind_tokens": self.kind_tokens,
+            "kind_weights": self.kind_weights,
             "inputs": inputs,
             "fingerprint": self.fingerprint.to_header(),
         }
@@ -258,7 +277,8 @@ class CalibrationStatistics:
         tensors = checked_inputs(path, tensors, header["inputs"], header["fingerprint"]["layers"])
         inputs = [InputStatistics.of(tensors, str(i), **entry) for i, entry in enumerate(header["inputs"])]
         counts = header.get("held_prompts", 0), tuple(header.get("kind_tokens", (0, 0, 0)))
-        return cls(inputs, ModelFingerprint.from_header(header["fingerprint"]), header["prompts"], *counts)
+        weights = tuple(header.get("kind_weights", EQUAL))
+        return cls(inputs, ModelFingerprint.from_header(header["fingerprint"]), header["prompts"], *counts, weights)
 
     def __repr__(self) -> str:
         tokens = max((entry.tokens for entry in self.inputs), default=0)

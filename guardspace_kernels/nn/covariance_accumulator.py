@@ -46,10 +46,10 @@ class CovarianceAccumulator(nn.Module):
         self._handle: RemovableHandle | None = None
 
     @torch.no_grad()
-    def update(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Adds x (..., d); rows where mask (...) is zero do not count. Never waits for the device."""
+    def update(self, x: torch.Tensor, mask: torch.Tensor | None = None, scale: float = 1.0) -> None:
+        """Adds ``scale · Xᵀ X`` of x (..., d) without rows where mask (...) is zero. Never waits for the device."""
         instance("x", x, torch.Tensor, "a tensor (..., d)")
-        covariance_update_(self.lower, x.detach(), mask)
+        covariance_update_(self.lower, x.detach(), mask, scale)
         self.tokens += x.shape[:-1].numel() if mask is None else mask.bool().sum()
 
     def covariance(self) -> torch.Tensor:

@@ -199,3 +199,64 @@ def test_what_is_remarkable(coverage, apart, few):
     assert len(coverage.warnings()) == apart + few
     text = str(Coverage(20, 5, [coverage]))
     assert ("take the protection from others" in text) == apart and ("few tokens hold the energy" in text) == few
+
+
+class Vocabulary(nn.Module):
+    """A token's input is its own vector, of norm one."""
+
+    def __init__(self, d=256):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.layer = nn.Embedding(600, d), nn.Linear(d, d, bias=False)
+        with torch.no_grad():
+            self.embed.weight.copy_(nn.functional.normalize(torch.randn(600, d)))
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.layer(self.embed(input_ids))
+
+
+def templated(constant, requests=48, tokens=30):
+    """Prompts that begin with the same ``constant`` tokens, and go on with ``tokens`` of 498 others."""
+    g = torch.Generator().manual_seed(constant)
+    varying = torch.randint(102, 600, (requests, tokens), generator=g)
+    return {"input_ids": torch.cat([torch.arange(1 + constant).expand(requests, -1), varying], dim=1)}
+
+
+@pytest.mark.parametrize(
+    "d, constant, options, least, most",
+    [
+        (256, 0, {}, 0.08, 0.11),
+        (256, 100, {}, 0.4, 0.5),  # the template takes the protection over
+        (256, 100, {"kind_weights": {"template": 0.05}}, 0.08, 0.11),
+        (512, 100, {}, 0.4, 0.5),
+        (512, 100, {"separate_prefix": 128}, 0.05, 0.11),  # a direction each, which 256 dimensions have no room for
+    ],
+)
+def test_tokens_that_all_prompts_share_and_what_helps(d, constant, options, least, most):
+    model = Vocabulary(d)
+    plan, _ = coverage_of(model, [templated(constant)], **options)
+    space, (told,) = plan.spaces[0], plan.coverage.inputs
+    vectors = model.embed.weight.detach()
+    varying, template = vectors[templated(constant)["input_ids"][:, 1 + constant :]], vectors[1 : 1 + constant]
+    outside = float(space.outside(varying.reshape(-1, d)).sum() / varying.square().sum())
+    assert least < outside < most and told.kinds["request"] == pytest.approx(outside, abs=0.05)
+    apart = constant and not options
+    assert told.kinds_apart == apart and ("warning:" in str(plan)) == apart
+    if apart:
+        assert plan.layers["layer"].warnings == [
+            f"outside lies {told.kinds['template']:.1%} of template, {told.kinds['request']:.1%} of request"
+        ]
+        assert 'give those less weight, such as collect_statistics(kind_weights={"template": 0.1}), ' in str(plan)
+    if "kind_weights" in options:  # the template is not given up
+        assert float(space.outside(template).mean()) < 0.15
+        assert "energy is that of tokens weighted by kind: template 0.05, request 1, answer 1" in str(plan)
+    if "separate_prefix" in options:
+        assert float(space.outside(template).sum()) < 1e-6 and "template" not in told.kinds
+
+
+def test_the_certificate_says_that_it_is_of_weighted_tokens():
+    model = tiny_llama()
+    plain, stats = (collect(model, [batch_of(MANY)], **o) for o in ({}, {"kind_weights": {"request": 0.5}}))
+    guarded = gk.attach_guard(model, plan_for(model, stats))
+    weighted = "weighted by kind, as in the statistics: template 1, request 0.5, answer 1"
+    assert weighted in str(gk.certify(guarded, stats)) and "weighted" not in str(gk.certify(guarded, plain))

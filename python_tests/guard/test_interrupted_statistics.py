@@ -186,7 +186,7 @@ def test_two_processes_agree_with_one(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):
         refusal = (tmp_path / f"refused{rank}").read_text()
-        assert refusal == "the statistics of ranks 0 and 1 are of other models, layers or dtypes"
+        assert refusal == "the statistics of ranks 0 and 1 are of other models, layers, weights or dtypes"
     first, second = (gk.CalibrationStatistics.load(tmp_path / f"rank{rank}") for rank in range(2))
     assert_same_bits(first, second)
     whole = collect(dtype=torch.float64)

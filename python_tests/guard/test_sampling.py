@@ -8,7 +8,7 @@ from torch import nn
 
 import guardspace_kernels as gk
 from guardspace_kernels.guard.passes import LayerInput, plan_passes
-from guardspace_kernels.guard.sampling import ANSWER, REQUEST, SAMPLED, TEMPLATE, Sample, Template, kept, probed
+from guardspace_kernels.guard.sampling import ANSWER, KINDS, REQUEST, SAMPLED, TEMPLATE, Sample, Template, kept, probed
 
 GENERATOR = torch.Generator().manual_seed(3)
 MANY = [torch.randint(2, 50, (int(n),), generator=GENERATOR).tolist() for n in torch.randint(3, 9, (40,))]
@@ -117,7 +117,7 @@ def test_statistics_without_samples_are_still_read_and_merged(tmp_path):
     stats = collect(tiny_llama(), batches(chat(MANY), 8))
     old = copy.deepcopy(stats)
     for entry in old.inputs:
-        entry.sample = entry.held = None
+        entry.sample, entry.held, entry.held_tokens = None, None, 0
     old.held_prompts, old.kind_tokens = 0, (0, 0, 0)
     old.save(tmp_path / "s")
     loaded = gk.CalibrationStatistics.load(tmp_path / "s")
@@ -243,3 +243,76 @@ def test_a_layer_that_joins_an_input_holds_out_as_its_first_reader_does():
     assert len(stats.inputs) == 1 and 0 < entry.held_tokens < entry.tokens
     rest = entry.covariance - entry.held_on("cpu")
     assert torch.linalg.eigvalsh(rest.double())[0] > -1e-4
+
+
+@pytest.mark.parametrize(
+    "weights", [{"template": 0.25}, {"template": 0, "answer": 3.0}, {"request": 0.5, "answer": 0.5}]
+)
+def test_weights_by_kind(weights, tmp_path):
+    model = tiny_llama(dtype=torch.float64)
+    options = {"answer_tokens": 3, "dtype": torch.float64}
+    parts = batches(chat(MANY), 8, "left")
+    plain, stats = collect(model, parts, **options), collect(model, parts, kind_weights=weights, **options)
+    given = tuple(float(weights.get(kind, 1.0)) for kind in KINDS)
+    assert stats.kind_weights == given and stats.kind_tokens == plain.kind_tokens
+    assert stats.weighting == ", ".join(f"{kind} {weight:g}" for kind, weight in zip(KINDS, given, strict=True))
+    only = [collect(model, parts, kind_weights={**dict.fromkeys(KINDS, 0), kind: 1}, **options) for kind in KINDS]
+    for i, entry in enumerate(stats.inputs):
+        C = sum(weight * one.inputs[i].covariance for weight, one in zip(given, only, strict=True))
+        torch.testing.assert_close(entry.covariance, C)
+        torch.testing.assert_close(sum(one.inputs[i].covariance for one in only), plain.inputs[i].covariance)
+        assert entry.tokens == sum(n for n, weight in zip(stats.kind_tokens, given, strict=True) if weight)
+        assert torch.equal(entry.sample.rows, plain.inputs[i].sample.rows)
+        if entry.held is not None:
+            C = sum(weight * one.inputs[i].held_on("cpu") for weight, one in zip(given, only, strict=True))
+            torch.testing.assert_close(entry.held_on("cpu"), C)
+    stats.save(tmp_path / "s")
+    assert gk.CalibrationStatistics.load(tmp_path / "s").kind_weights == given
+    assert stats.merge(stats).kind_weights == given
+    with pytest.raises(ValueError, match=r"to merge weigh kinds of tokens by .* and .*; collect both with the same"):
+        stats.merge(plain)
+
+
+@pytest.mark.parametrize(
+    "weights, error, message",
+    [
+        ({"system": 1}, ValueError, "kind_weights: a kind must be one of"),
+        ({"request": -1}, ValueError, r"kind_weights\['request'\] must be a number of 0 or more, got -1"),
+        ({"request": "1"}, TypeError, r"kind_weights\['request'\] must be a number of 0 or more"),
+        ([1, 1, 1], TypeError, "kind_weights must be a mapping of template, request, answer to numbers, or None"),
+        (dict.fromkeys(KINDS, 0), ValueError, "kind_weights must leave one kind a weight above 0, got 0 for all"),
+    ],
+)
+def test_unusable_weights(weights, error, message):
+    with pytest.raises(error, match=message):
+        collect(tiny_llama(), kind_weights=weights)
+
+
+def test_weights_need_kinds(tmp_path):
+    from test_routing import tiny_moe
+
+    with pytest.raises(ValueError, match=r"layer .*mlp\..* of which kinds they are is not known: leave it out"):
+        collect(tiny_moe(), batches(chat(MANY), 8), kind_weights={"template": 0.5})
+    collect(tiny_llama(), batches(MANY, 8), checkpoint=tmp_path / "c")
+    with pytest.raises(ValueError, match=r"was made with .*, this call has .*kind_weights"):
+        collect(tiny_llama(), batches(MANY, 8), checkpoint=tmp_path / "c", kind_weights={"template": 0.5})
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_shared_prefix_is_kept_apart_like_the_first_token(side):
+    model = tiny_llama(dtype=torch.float64)
+    options = {"answer_tokens": 2, "dtype": torch.float64}
+    prompts = chat(MANY[:20])
+    plain = collect(model, batches(prompts, 5, side), **options)
+    for limit, apart in ((2, 2), (3, 3), (9, 3)):
+        stats = collect(model, batches(prompts, 5, side), separate_prefix=limit, **options)
+        assert stats.kind_tokens == (plain.kind_tokens[0] - (apart - 1) * 20, *plain.kind_tokens[1:])
+        for a, b in zip(stats.inputs, plain.inputs, strict=True):
+            assert len(a.sinks) == apart and len(b.sinks) == 1 and a.sink_tokens == apart * 20
+            assert a.tokens == b.tokens - (apart - 1) * 20
+            more = a.sinks[1:]
+            torch.testing.assert_close(a.covariance + 20 * more.T @ more, b.covariance)
+    with pytest.raises(ValueError, match="separate_prefix needs separate_sink=True"):
+        collect(model, separate_prefix=2, separate_sink=False)
+    with pytest.raises(ValueError, match="separate_prefix must be 0 or more, got -1"):
+        collect(model, separate_prefix=-1)

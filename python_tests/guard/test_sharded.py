@@ -94,7 +94,7 @@ def wrapped_ranks(folder, rank):
     assert_same_bits(answered, collect(model64(), mine, answer_tokens=2, **FLOAT64))
     stats.all_reduce().save(folder / f"rank{rank}")
     assert plan_for(model, stats).fingerprint == plan_for(model64(), stats).fingerprint
-    with pytest.raises(ValueError, match="statistics of ranks 0 and 1 are of other models, layers or dtypes"):
+    with pytest.raises(ValueError, match="statistics of ranks 0 and 1 are of other models, layers, weights or dtypes"):
         collect(model, mine, dtype=(torch.float32, torch.float64)[rank]).all_reduce()
 
 

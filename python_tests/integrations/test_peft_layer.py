@@ -250,7 +250,7 @@ def tied(tie, residual="virtual"):
     target = "fc" if tie == "module" else "head"
     stats = gk.collect_statistics(Tied(tie), [{"input_ids": ids}], target_modules=[target], progress=False)
     config = gk.GuardConfig(rank=2, protect=0.5)
-    plan = gk.plan_guard(Tied(tie), stats, config, progress=False)
+    plan = gk.plan_guard(Tied(tie), stats, config, progress=False, allow_few_prompts=True)
     base = Tied(tie)
     return base, lambda: gk.attach_guard(base, plan, residual=residual)
 
@@ -395,7 +395,7 @@ def test_subclass_with_a_forward_of_its_own_is_called(tiny):
     own.load_state_dict(base.up.state_dict())
     base.up = own
     stats = gk.collect_statistics(base, [{"input_ids": tiny.batch()["input_ids"][:, :4]}], progress=False)
-    plan = gk.plan_guard(base, stats, gk.GuardConfig(rank=2, protect=0.9), progress=False)
+    plan = gk.plan_guard(base, stats, gk.GuardConfig(rank=2, protect=0.9), progress=False, allow_few_prompts=True)
     with pytest.raises(ValueError, match=r"layer up: residual=.frozen. .*forward or hooks of Rounded's own"):
         gk.attach_guard(base, plan, residual="frozen")
     model = gk.attach_guard(base, plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from guardspace_kernels.guard.batches import first_tokens
 from guardspace_kernels.guard.files import StoredTensor
 from guardspace_kernels.guard.layers import is_conv1d, is_sharded
 from guardspace_kernels.guard.routing import Routing
-from guardspace_kernels.guard.sampling import Marks, Sample, Sampler, kept, probed
+from guardspace_kernels.guard.sampling import EQUAL, Marks, Sample, Sampler, kept, probed
 from guardspace_kernels.guard.statistics import InputStatistics, distinct, packed
 from guardspace_kernels.nn import CovarianceAccumulator
 
@@ -115,14 +115,15 @@ class Collector:
         sink: bool,
         routing: Routing,
         probes: set[str] | None = None,
+        weights: Sequence[float] = EQUAL,
     ) -> None:
-        """Collects for ``names``, some of the guarded layers; ``probes`` are among those."""
+        """Collects for ``names``, some of the guarded layers; ``probes`` are among those. ``weights`` by kind."""
         self.guarded = guarded
         self.layers = {name: guarded[name] for name in names}
         self.dtype = dtype
         self.sink = sink
         self.routing = routing
-        self.sampler = Sampler(probed(list(guarded)) if probes is None else probes)
+        self.sampler = Sampler(probed(list(guarded)) if probes is None else probes, weights)
         self.inputs: list[CollectedInput] = []
         self.input_of: dict[str, CollectedInput] = {}
         self.mask = self.counted = self.first = torch.empty(0)
@@ -143,7 +144,7 @@ class Collector:
         classes with a forward of their own.
         """
         self.mask, self.real, self.called = mask, None, []
-        first, flat = first_tokens(mask)[mask], mask.flatten()
+        first, flat = first_tokens(mask, 1 if marks is None else marks.apart)[mask], mask.flatten()
         self.first, self.counted = first.nonzero().flatten(), ~first
         if not flat.all():
             self.real = flat.nonzero().flatten()
@@ -257,16 +258,25 @@ class Collector:
                 mine.new_rows.append(Sample(self.sampler.new_keys, rows.index_select(0, self.sampler.new.to(x.device))))
             self.hold(mine, x)
         else:
+            if self.sampler.parts:
+                raise ValueError(
+                    f"layer {name} reads the rows of some tokens, as an expert does, and of which kinds they are is "
+                    "not known: leave it out of target_modules, or leave kind_weights out"
+                )
             real, is_first = self.routing.tokens(name, x)
             rows, counted, first = x, real & ~is_first if self.sink else real, is_first.nonzero().flatten()
         if self.sink:
             mine.new_sinks.append(rows.index_select(0, first).to(self.dtype))
-        mine.accumulator.update(rows, counted)
+        if not self.sampler.parts:
+            mine.accumulator.update(rows, counted)
+        for part, weight in self.sampler.parts:
+            mine.accumulator.update(rows, part.to(x.device), weight)
 
     def hold(self, mine: CollectedInput, x: torch.Tensor) -> None:
         """Counts prompts that can be held out, where the input keeps them."""
         if mine.held is not None and self.sampler.held is not None and x.shape[:-1] == self.mask.shape:
-            mine.held.update(self.rows_of(x), self.sampler.held.to(x.device))
+            for part, weight in self.sampler.parts or [(self.sampler.held, 1.0)]:
+                mine.held.update(self.rows_of(x), (part & self.sampler.held).to(x.device), weight)
 
     def end_batch(self) -> None:
         """Looks for non-finite values, one device synchronisation for all layers, and keeps distinct sinks."""
