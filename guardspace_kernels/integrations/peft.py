@@ -157,7 +157,7 @@ class GuardedModelMixin:
         if merged:
             raise ValueError(f"layer {merged[0]}: its adapter is merged; unmerge before loading another")
         for name, layer in layers.items():
-            self._check_saved(name, layer, factors, saved.exported)
+            self._check_saved(f"{os.fspath(model_id)}: layer {name}", name, layer, factors, saved.exported)
         if saved.altered:
             raise ValueError(
                 f"{os.fspath(model_id)}: {saved.altered} is not what was saved with {GUARD_FILE}; it was altered, or "
@@ -180,30 +180,37 @@ class GuardedModelMixin:
 
     @staticmethod
     def _check_saved(
-        name: str, layer: GuardedLinear, tensors: dict[str, torch.Tensor], exported: dict[str, torch.Tensor] | None
+        where: str,
+        name: str,
+        layer: GuardedLinear,
+        tensors: dict[str, torch.Tensor],
+        exported: dict[str, torch.Tensor] | None,
     ) -> None:
         """ValueError unless the saved factors fit the layer, and the plain LoRA of them says the same."""
         wanted = {"A": f"{name}.A", "B": f"{name}.B"}
         plain = {"A": peft_key(name, "lora_A"), "B": peft_key(name, "lora_B")}
         missing = [key for key in wanted.values() if key not in tensors]
         if missing or (exported is not None and any(key not in exported for key in plain.values())):
-            raise ValueError(f"layer {name}: the saved adapter does not cover it")
+            raise ValueError(f"{where}: the saved adapter does not cover it")
+        mine = [tensors[key] for key in wanted.values()] + [exported[key] for key in plain.values() if exported]
+        if not all(t.is_floating_point() for t in mine):
+            raise ValueError(f"{where}: the saved adapter is in {', '.join(sorted({str(t.dtype) for t in mine}))}")
         A, B, device = tensors[wanted["A"]], tensors[wanted["B"]], layer.A.device
         if A.shape != layer.shapes[0] or not torch.isfinite(A).all():
-            raise ValueError(f"layer {name}: the saved A has shape {tuple(A.shape)} or non-finite values")
+            raise ValueError(f"{where}: the saved A has shape {tuple(A.shape)} or non-finite values")
         if exported is None:
             A_P = A.to(device, copy=True)
             A_P = A_P if layer.projector is None else layer.projector.project_(A_P)
-            check_factors(layer, A_P, B, f"layer {name}")
+            check_factors(layer, A_P, B, where)
             return
         A_P, scaled_B = exported[plain["A"]], exported[plain["B"]]
-        check_factors(layer, A_P[: layer.shapes[0][0]] if A_P.dim() else A_P, B, f"layer {name}")
+        check_factors(layer, A_P[: layer.shapes[0][0]] if A_P.dim() else A_P, B, where)
         F, G = delta_factors(
             A.to(device), B.to(device), layer.projector, layer.scale, layer.frozen_A, layer.frozen_B
         )  # fmt: skip
         tolerance = max(1e-4, LEAK_TOLERANCE[A_P.dtype])
         if not (agree(G, A_P, tolerance) and agree(F, scaled_B, tolerance)):
-            raise ValueError(f"layer {name}: {GUARD_FILE} and {ADAPTER_WEIGHTS} disagree; one of them was altered")
+            raise ValueError(f"{where}: {GUARD_FILE} and {ADAPTER_WEIGHTS} disagree; one of them was altered")
 
     def add_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         raise second_adapter(adapter_name)
