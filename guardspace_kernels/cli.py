@@ -86,8 +86,8 @@ def _command(commands: Any, name: str, help: str, description: str, example: str
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="dtype to load the model in; use the one that you train in, since statistics and plans are bound to it "
-        "(default: the checkpoint's own)",
+        help="dtype to load the model in. Statistics and plans are bound to its weights' values: bfloat16 widened to "
+        "float32 is the same model, float32 rounded to bfloat16 is another (default: the checkpoint's own)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1... (default: cuda if there is one)")
     return parser

@@ -116,7 +116,9 @@ def certify(options: argparse.Namespace) -> int:
     model = _model(options, device)
     if made is not None:
         # That the folder is whole, unaltered and of this plan; judged is then what PEFT makes of it.
-        model = _guarded(model, made, options.adapter).unload()
+        model = _guarded(model, made, options.adapter, config).unload()
+        if config.get("modules_to_save"):
+            model = _model(options, device)  # PEFT's unload leaves the trained copies in the model
     deployed = deployed_adapter(model, options.adapter)
     report = certify_adapter(deployed, stats, heldout, plan=made, answer_tokens=_CERTIFIED_ANSWER)
     named = config.get("base_model_name_or_path")
@@ -135,11 +137,11 @@ def certify(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     from guardspace_kernels.integrations.deployed import check_adapter_folder
 
-    check_adapter_folder(options.adapter)
+    config = check_adapter_folder(options.adapter)
     _check_outputs(options, ("adapter", "plan", "statistics", "model"), ("out",), folder=True)
     device = _device(options)
     stats = _statistics("--statistics", options.statistics) if options.statistics else None
-    model = _guarded(_model(options, device), _plan("plan", options.plan), options.adapter)
+    model = _guarded(_model(options, device), _plan("plan", options.plan), options.adapter, config)
     dtype = getattr(torch, options.factors) if options.factors else None
     with _writing("--out", options.out):
         report = export_lora(model, options.out, dtype=dtype, stats=stats)
@@ -289,10 +291,10 @@ def _device(options: argparse.Namespace) -> torch.device:
     return device
 
 
-def _guarded(model: nn.Module, plan: GuardPlan, adapter: str) -> Any:
+def _guarded(model: nn.Module, plan: GuardPlan, adapter: str, config: dict[str, Any]) -> Any:
     from guardspace_kernels.integrations.peft import attach_guard
 
-    guarded = attach_guard(model, plan)
+    guarded = attach_guard(model, plan, modules_to_save=config.get("modules_to_save"))
     guarded.load_adapter(adapter, guarded.active_adapter)
     return guarded
 

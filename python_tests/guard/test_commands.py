@@ -297,6 +297,21 @@ def test_certify_judges_what_the_folder_makes_of_the_model(folder, stats, adapte
     assert "names the base model 'another/model'; this is judged on" in capsys.readouterr().out
 
 
+def test_certify_with_a_plan_names_a_head_that_was_trained_beside_the_guard(folder, plan, tmp_path, capsys):
+    guarded = perturb(gk.attach_guard(tiny_llama(), plan, modules_to_save=["lm_head"]))
+    certify = ["certify", "model", str(tmp_path / "a"), "stats", "--plan", "plan", "--heldout", "prompts.jsonl"]
+    guarded.save_pretrained(tmp_path / "a")
+    assert run(folder, *certify) == 0  # a copy that is the head
+    with torch.no_grad():
+        guarded.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+    guarded.save_pretrained(tmp_path / "a")
+    capsys.readouterr()
+    assert run(folder, *certify) == 1
+    shown = capsys.readouterr()
+    assert "in lm_head.weight (changed) beside the adapter: nothing is promised" in shown.err
+    assert "next-token KL" in shown.out and "no projector" not in shown.out
+
+
 def test_models_that_are_not_whole_are_refused(folder, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 

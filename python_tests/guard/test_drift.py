@@ -5,7 +5,6 @@ import pytest
 
 from guardspace_kernels.guard.drift import DriftReport, HeldOut, LayerDrift
 from guardspace_kernels.guard.export import ExportReport
-from guardspace_kernels.guard.plan import serving_remark
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -23,11 +22,8 @@ def test_a_drift_that_is_not_finite_exceeds_any_bound(bad, sink, tmp_path):
     read = json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda word: pytest.fail(word))
     said = "NaN" if math.isnan(bad) else "Infinity"
     assert read["max_drift"] == read["layers"][1]["sink_drift" if sink else "drift"] == said
-    assert (
-        ExportReport("path", "float32", 2, {"a": 0.1, "bad": bad, "c": 0.2}, {})
-        .__str__()
-        .endswith(f"worst leak {bad}; {serving_remark(2)}" if serving_remark(2) else f"worst leak {bad}")
-    )
+    exported = ExportReport("path", "float32", 2, {"a": 0.1, "bad": bad, "c": 0.2}, {"a": bad, "b": 0.1})
+    assert f"worst leak {bad}, worst drift {bad}" in str(exported)
     good = DriftReport(rows[::2], 3, 1, "model")
     assert good.failure() == good.failure(0.5) == ""
     assert good.failure(0.4) == "layer first drifts by 5.00e-01 on harmful prompts, above max_drift = 4.00e-01"
