@@ -76,8 +76,8 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Name in the base model -> adapted layer, for guarded layers and for plain PEFT LoRA layers.
 
     Raises:
-        ValueError: several models with adapters, adapters outside of the one, a merged or non-finite adapter, one that
-            is no plain LoRA of a Linear or Conv1D.
+        ValueError: several models with adapters, adapters outside of the one or without a guard beside guarded ones, a
+            merged or non-finite adapter, one that is no plain LoRA of a Linear or Conv1D.
     """
     found = {}
     named = dict(named_submodules(adapted_base(model)))
@@ -94,6 +94,10 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
             found[name] = _peft_layer(name, module)
         if name in found and not all(torch.isfinite(t).all() for t in (found[name].F, found[name].G)):
             raise ValueError(f"layer {name}: the adapter holds non-finite values; its training diverged")
+    guarded = [name for name, layer in found.items() if hasattr(layer.module, "delta_factors")]
+    if guarded and len(guarded) < len(found):
+        plain = next(name for name in found if name not in guarded)
+        raise ValueError(f"layer {plain}: an adapter without a guard was put into a guarded model; take it out again")
     return found
 
 

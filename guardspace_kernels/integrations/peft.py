@@ -35,9 +35,9 @@ from guardspace_kernels.guard.peft_description import target_modules, task_type
 from guardspace_kernels.guard.plan import GuardPlan
 from guardspace_kernels.integrations.peft_layer import GuardedLinear, kept_adapter, second_adapter
 from guardspace_kernels.integrations.peft_state import (
+    CheckedState,
     agree,
     check_factors,
-    check_keys,
     check_model_state,
     from_plain_lora,
     to_plain_lora,
@@ -48,7 +48,7 @@ from guardspace_kernels.nn.projected_lora_linear import delta_factors
 RESIDUALS = ("virtual", "frozen")
 
 
-class GuardedLoraModel(LoraModel):
+class GuardedLoraModel(CheckedState, LoraModel):
     """The ``base_model`` of a guarded PeftModel."""
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -225,12 +225,6 @@ class GuardedModelMixin:
             "To use a saved adapter without training on, peft.PeftModel.from_pretrained(model, folder) gives the same"
         )
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As of any module, but a state that is refused changes nothing."""
-        if strict:
-            check_keys(self, state_dict)  # type: ignore[arg-type]
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
-
     @property
     def peft_config(self) -> Any:
         return super().peft_config  # type: ignore[misc]
@@ -270,11 +264,11 @@ def _before_forward(model: Any, _inputs: Any) -> None:
         model._trainable_checked = True
 
 
-class GuardedPeftModel(GuardedModelMixin, PeftModel):
+class GuardedPeftModel(GuardedModelMixin, CheckedState, PeftModel):
     """A guarded :class:`peft.PeftModel`."""
 
 
-class GuardedPeftModelForCausalLM(GuardedModelMixin, PeftModelForCausalLM):
+class GuardedPeftModelForCausalLM(GuardedModelMixin, CheckedState, PeftModelForCausalLM):
     """A guarded :class:`peft.PeftModelForCausalLM`."""
 
 

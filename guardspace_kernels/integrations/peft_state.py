@@ -107,12 +107,18 @@ def _check_base(layer: GuardedLinear, state: dict[str, Any], prefix: str, metada
         if theirs is None or ours.is_meta:
             continue
         ours = layer.base_weight_as_stored() if name == "weight" else ours.detach()
-        given = theirs.detach().to(ours.device, theirs.dtype if assign else ours.dtype)
-        if not torch.equal(ours.double(), given.double()):
+        if not isinstance(theirs, torch.Tensor) or not _equal(ours, theirs.detach(), exactly=assign):
             raise ValueError(
                 f"{where}: the state's {name} is not that of the base model the plan was made for; load an adapter "
                 "alone, or attach the guard to the other model"
             )
+
+
+def _equal(ours: torch.Tensor, theirs: torch.Tensor, *, exactly: bool) -> bool:
+    """Whether the values are equal, after a cast of theirs unless ``exactly``."""
+    theirs = theirs.to(ours.device, theirs.dtype if exactly else ours.dtype)
+    dtype = torch.promote_types(ours.dtype, theirs.dtype)
+    return torch.equal(ours.to(dtype), theirs.to(dtype))
 
 
 def check_model_state(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -126,17 +132,25 @@ def check_model_state(model: nn.Module, state: dict[str, Any], prefix: str, meta
         if isinstance(module, GuardedLinear):
             check_layer_state(module, state, f"{prefix}{name}.", metadata)
     expected = _expected(model, prefix)
-    _refuse({"size mismatch": [k for k, t in state.items() if expected.get(k, t.shape) != t.shape]})
+    given = {key: getattr(value, "shape", None) for key, value in state.items() if key in expected}
+    _refuse({"size mismatch": [key for key, shape in given.items() if shape != expected[key]]})
 
 
-def check_keys(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """RuntimeError if keys are missing or unknown, which ``load_state_dict`` would say after it has loaded the rest."""
-    expected = _expected(model, "")
-    if expected:
-        given = [key for key in state if not key.endswith(_EXTRA_STATE)]
-        _refuse(
-            {"missing": [k for k in expected if k not in state], "unknown": [k for k in given if k not in expected]}
-        )
+class CheckedState:
+    """Of a module that holds guarded layers."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module, but a state that is refused changes nothing.
+
+        Raises:
+            RuntimeError: missing or unknown keys if ``strict``, or shapes that do not fit. ValueError: it is not the
+                state of this guarded model.
+        """
+        expected = _expected(self, "") if strict else {}  # type: ignore[arg-type]
+        if expected:
+            unknown = [key for key in state_dict if key not in expected and not key.endswith(_EXTRA_STATE)]
+            _refuse({"missing": [key for key in expected if key not in state_dict], "unknown": unknown})
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
 
 
 def _expected(model: nn.Module, prefix: str) -> dict[str, torch.Size]:

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import guardspace_kernels as gk
+import guardspace_kernels.integrations.peft as peft_module
 from guardspace_kernels.guard.files import load_tensors, save_tensors
+from guardspace_kernels.integrations.peft_layer import GuardedLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(torch|peft|transformers)")
 
@@ -225,6 +227,69 @@ def test_attach_refuses(tiny):
     with pytest.raises(ValueError, match=r"another model: layer model\.layers\.1\.mlp\.up_proj differs"):
         gk.attach_guard(other, tiny.plan())
     assert type(other.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+def fail_at(monkeypatch, target, call):
+    """The call-th call of ``target`` (class or module, name) does its work and then raises."""
+    original, calls = getattr(*target), []
+
+    def failing(*args, **kwargs):
+        original(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == call:
+            raise MemoryError("no memory left")
+
+    monkeypatch.setattr(*target, failing)
+
+
+@pytest.mark.parametrize("residual", ["virtual", "frozen"])
+@pytest.mark.parametrize(
+    "target, call",
+    [
+        ((GuardedLinear, "install_guard"), 3),
+        ((GuardedLinear, "update_layer"), 3),
+        ((peft.PeftModelForCausalLM, "__init__"), 1),
+        ((peft_module, "_install"), 1),
+    ],
+    ids=["installing", "wrapping", "wrapped", "installed"],
+)
+def test_attach_that_fails_leaves_the_base_as_it_was(tiny, monkeypatch, target, call, residual):
+    base, reference = tiny.base(), tiny.base()
+    reference.lm_head.weight = reference.model.embed_tokens.weight
+    base.lm_head.weight = base.model.embed_tokens.weight
+    plan = tied_plan(tiny)
+    base.model.norm.weight.requires_grad_(False)
+    base.model.layers[0].mlp.train()
+    modules, parameters = list(base.modules()), {n: (p, p.requires_grad) for n, p in base.named_parameters()}
+    attributes, config, settings = set(vars(base)), base.config, base.config.to_dict()
+    modes = [m.training for m in modules]
+    fail_at(monkeypatch, target, call)
+    with pytest.raises(MemoryError):
+        gk.attach_guard(base, plan, residual=residual)
+    assert list(base.modules()) == modules and set(vars(base)) == attributes and [m.training for m in modules] == modes
+    assert base.config is config and base.config.to_dict() == settings
+    now = dict(base.named_parameters())
+    assert all(now[n] is p and p.requires_grad == flag for n, (p, flag) in parameters.items())
+    assert all(torch.equal(p, dict(reference.named_parameters())[n]) for n, p in now.items())
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    monkeypatch.undo()
+    assert close(tiny.logits(gk.attach_guard(base, plan, residual=residual)), tiny.logits(reference))
+
+
+def tied_plan(tiny):
+    base = tiny.base()
+    base.lm_head.weight = base.model.embed_tokens.weight
+    stats = gk.collect_statistics(base, [{"input_ids": tiny.batch(seed=7)["input_ids"][:, :4]}], progress=False)
+    return gk.plan_guard(base, stats, gk.GuardConfig(rank=2, protect=0.9), progress=False)
+
+
+def test_layers_that_peft_does_not_find_leave_the_base_as_it_was(tiny, monkeypatch):
+    base = tiny.base()
+    modules = list(base.modules())
+    monkeypatch.setattr(peft_module, "target_modules", lambda *_: ["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="PEFT adapted other layers than planned"):
+        gk.attach_guard(base, tiny.plan())
+    assert list(base.modules()) == modules and not hasattr(base, "peft_config")
 
 
 # ---- running and training
@@ -529,9 +594,10 @@ def another_plan(folder, tiny):
     tiny.guarded(protect=0.8).save_pretrained(folder)
 
 
-def plain_lora(folder, tiny):
+def plain_lora(folder, tiny, r=2):
     shutil.rmtree(folder)
-    get_peft_model(tiny.base(), LoraConfig(r=2, target_modules="all-linear")).save_pretrained(folder)
+    config = LoraConfig(r=r, lora_alpha=1.5 * r, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(tiny.base(), config).save_pretrained(folder)
 
 
 def drop_layer(folder, tiny):
@@ -686,6 +752,120 @@ def test_second_adapter_is_refused(tiny, tmp_path, add):
     assert close(tiny.logits(model), tiny.logits(tiny.base()))
     model.save_pretrained(tmp_path)
     model.load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["lm_head"], modules_to_save=["norm"]),
+        peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        peft.LoHaConfig(target_modules=["q_proj"]),
+        peft.LNTuningConfig(target_modules=["norm"]),
+        peft.TrainableTokensConfig(token_indices=[3]),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_adapters_of_other_kinds_on_top_are_refused_and_taken_out(tiny, tmp_path, config):
+    model = tiny.guarded()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="no second adapter"):
+        get_peft_model(model, config)
+    assert names == [name for name, _ in model.named_modules()]
+    assert len(tiny.trainable(model)) == 28
+    assert close(tiny.logits(model), tiny.logits(tiny.base()))
+    gk.certify(model, tiny.statistics())
+    model.save_pretrained(tmp_path)
+
+
+def test_adapter_put_into_the_inner_model_is_neither_certified_nor_saved(tiny, tmp_path):
+    model = tiny.guarded()
+    model.get_base_model().add_adapter(LoraConfig(target_modules=["lm_head"]))
+    for use in (lambda: gk.certify(model, tiny.statistics()), lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match="layer lm_head: an adapter without a guard was put into a guarded model"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("which", ["plain", "own", "plain of another rank"])
+def test_hotswap_is_refused_before_it_changes_anything(tiny, saved, which):
+    from peft.utils.hotswap import hotswap_adapter
+
+    if which != "own":
+        plain_lora(saved, tiny, r=2 if which == "plain" else 3)
+    model = tiny.guarded()
+    before = factors(model)
+    with pytest.raises(ValueError, match="a guarded model takes no other adapter: use its load_adapter"):
+        hotswap_adapter(model, str(saved), "default", torch_device="cpu")
+    assert same(factors(model), before) and len(tiny.trainable(model)) == 28
+
+
+def larger_rank(model):
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+
+
+def other_tensors(model):
+    """What peft.utils.hotswap does beneath its checks."""
+    from peft.utils.hotswap import hotswap_adapter_from_state_dict
+
+    state = {k.replace(".weight", ".default.weight"): v for k, v in get_peft_model_state_dict(model).items()}
+    hotswap_adapter_from_state_dict(model, state, "default", LoraConfig(r=4, lora_alpha=4))
+
+
+def write_data(model):
+    next(iter(model.guarded_layers().values())).B.data = torch.zeros(16, 5)
+
+
+@pytest.mark.parametrize("change", [larger_rank, other_tensors, write_data])
+def test_factors_of_other_shapes_are_noticed_at_the_next_use(tiny, tmp_path, change):
+    model = tiny.guarded()
+    change(model)
+    for use in (
+        lambda: tiny.logits(model),
+        lambda: gk.certify(model, tiny.statistics()),
+        lambda: model.save_pretrained(tmp_path),
+        model.merge_adapter,
+        model.state_dict,
+    ):
+        with pytest.raises(RuntimeError, match=r"have shapes .* attached with .*another adapter"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["frozen_A", "frozen_B"])
+def test_changed_frozen_pair_is_neither_certified_nor_saved(tiny, tmp_path, name):
+    model = tiny.guarded()
+    getattr(model.guarded_layers()[LAYER], name)[0, 0] += 1e-4
+    for use in (
+        lambda: gk.certify(model, tiny.statistics()),
+        lambda: model.save_pretrained(tmp_path),
+        model.state_dict,
+    ):
+        with pytest.raises(RuntimeError, match="the frozen pair A₀P, B₀ is not the plan's"):
+            use()
+    cast = tiny.guarded().bfloat16().float()  # a cast rounds it, which is no change
+    assert cast.guarded_layers()[LAYER].delta_factors()[1].shape == (4, 16)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: m.base_model.delete_adapter("default"), "keeps its only adapter"),
+        (lambda m: m.base_model.set_adapter("other"), "no second adapter"),
+        (lambda m: m.base_model.set_adapter([]), "no second adapter"),
+        (lambda m: m.base_model.inject_adapter(m.get_base_model(), "other"), "no second adapter"),
+        (lambda m: m.guarded_layers()[LAYER].delete_adapter("default"), "keeps its only adapter"),
+    ],
+    ids=["delete", "set", "set none", "inject", "layer"],
+)
+def test_changes_through_the_inner_models_are_refused(tiny, tmp_path, change, message):
+    model = tiny.guarded()
+    with pytest.raises(ValueError, match=message):
+        change(model)
+    assert close(tiny.logits(model), tiny.logits(tiny.base()))
+    model.save_pretrained(tmp_path)
+    assert len(tiny.trainable(model)) == 28
 
 
 def test_other_ways_to_another_adapter_are_refused(tiny, saved):
