@@ -280,7 +280,7 @@ def tied_plan(tiny):
     base = tiny.base()
     base.lm_head.weight = base.model.embed_tokens.weight
     stats = gk.collect_statistics(base, [{"input_ids": tiny.batch(seed=7)["input_ids"][:, :4]}], progress=False)
-    return gk.plan_guard(base, stats, gk.GuardConfig(rank=2, protect=0.9), progress=False)
+    return gk.plan_guard(base, stats, gk.GuardConfig(rank=2, protect=0.9), progress=False, allow_few_prompts=True)
 
 
 def test_layers_that_peft_does_not_find_leave_the_base_as_it_was(tiny, monkeypatch):
