@@ -75,10 +75,12 @@ def guarded_layers(base: nn.Module) -> dict[str, GuardedLinear]:
     return {name: m for name, m in named_submodules(base) if isinstance(m, GuardedLinear)}
 
 
-class GuardedModelMixin:
+class GuardedModelMixin(CheckedState):
     """What a guarded PeftModel does otherwise than a plain one: saving, loading, unloading."""
 
     guard_plan: GuardPlan
+    #: What ``modules_to_save`` wrapped, as attach_guard was asked to.
+    own_wrappers: Sequence[nn.Module] = ()
     _trainable_checked = False
 
     def check_trainable(self, kind: str = "") -> None:
@@ -236,7 +238,7 @@ class GuardedModelMixin:
             for name, child in parent._modules.items():
                 if isinstance(child, BaseTunerLayer) and not isinstance(child, GuardedLinear):
                     parent._modules[name] = child.base_layer
-                elif isinstance(child, AuxiliaryTrainingWrapper) and self.active_adapter not in child._adapters:  # type: ignore[attr-defined]
+                elif isinstance(child, AuxiliaryTrainingWrapper) and child not in self.own_wrappers:
                     parent._modules[name] = child.original_module
         raise second_adapter(", ".join(value))
 
@@ -264,11 +266,11 @@ def _before_forward(model: Any, _inputs: Any) -> None:
         model._trainable_checked = True
 
 
-class GuardedPeftModel(GuardedModelMixin, CheckedState, PeftModel):
+class GuardedPeftModel(GuardedModelMixin, PeftModel):
     """A guarded :class:`peft.PeftModel`."""
 
 
-class GuardedPeftModelForCausalLM(GuardedModelMixin, CheckedState, PeftModelForCausalLM):
+class GuardedPeftModelForCausalLM(GuardedModelMixin, PeftModelForCausalLM):
     """A guarded :class:`peft.PeftModelForCausalLM`."""
 
 
@@ -387,6 +389,7 @@ def attach_guard(
         guarded.base_model.__class__ = GuardedLoraModel
         guarded.guard_plan = plan
         _install(guarded.guarded_layers(), guards, adapter_name, residual)
+    guarded.own_wrappers = [module for module in guarded.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     guarded.register_forward_pre_hook(_before_forward)
     config.alpha_pattern = {_NO_HOTSWAP: config.lora_alpha}
     return guarded
