@@ -171,7 +171,7 @@ def test_an_export_over_a_saved_adapter_is_said(plans, tmp_path):
 def test_a_forged_file_for_resuming_is_refused(plans, tmp_path):
     model = trained(plans[2], 1)
     for change, match in (
-        (lambda tensors, _: tensors.update(extra=torch.ones(1)), "holds layers that this model's plan has not"),
+        (lambda tensors, _: tensors.update(extra=torch.ones(1)), "holds extra, which this model's plan has not"),
         (lambda _, header: header.update(plan=1), r"header\.plan must be a text, got 1"),
         (lambda _, header: header.update(files={}), r"header\.files lacks adapter_model\.safetensors"),
         (lambda _, header: header["files"].update({ADAPTER_CONFIG: "0"}), "must be a list of 2 entries"),
