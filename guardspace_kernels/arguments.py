@@ -97,8 +97,16 @@ def writable_file(name: str, value: Any) -> str:
     text = path(name, value)
     if os.path.isdir(text) or text.endswith(os.sep):
         raise ValueError(f"{name}: {text} is a folder; give the name of a file in it")
+    check_replaceable(name, text)
     _try_to_write(name, text, Path(text))
     return text
+
+
+def check_replaceable(name: str, text: str) -> None:
+    """ValueError for what a file of that name would replace: a device, a pipe, a link such as stdout's."""
+    special = os.path.exists(text) and not os.path.isfile(text)
+    if special or os.path.realpath(os.path.dirname(text)) == "/dev":
+        raise ValueError(f"{name}: {text} is a device or a pipe, which a file would replace; give the name of a file")
 
 
 def writable_folder(name: str, value: Any) -> str:

@@ -254,7 +254,10 @@ def _from_pretrained(auto: str, model: str, **extra: Any) -> Any:
     part = {"AutoConfig": "its configuration", "AutoTokenizer": "its tokenizer"}.get(auto, "its weights")
     where = f"{model}: {part} cannot be loaded"
     if source == model and not os.path.isdir(model):
-        where = f"{model} is no folder here, and {part} cannot be loaded from the Hub by that name"
+        where = (
+            f"{model} is no folder here, and {part} cannot be loaded from the Hub: check the name and the network, or "
+            "give the folder of save_pretrained"
+        )
     with _told(f"model: {where}"):
         return getattr(transformers, auto).from_pretrained(source, **ours, **extra)
 

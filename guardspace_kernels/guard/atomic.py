@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from guardspace_kernels.arguments import check_replaceable
 from guardspace_kernels.arguments import path as checked_path
 
 
@@ -103,6 +104,7 @@ def staged(path: str | os.PathLike[str]) -> Iterator[Staged]:
     try:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder, a file was to be written", os.fspath(path))
+        check_replaceable("path", os.fspath(path))
         _make_folder(target.parent)
         _remove_abandoned(target)
         new = Staged(target)
