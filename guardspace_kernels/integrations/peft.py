@@ -408,11 +408,10 @@ def _install(layers: dict[str, GuardedLinear], guards: dict[str, LayerGuard], ad
         projector = None
         if guard.basis is not None:
             # One module for all layers that read the same tensor, so that moving the model keeps one basis.
-            device = compute_device(layers[name].get_base_layer())
-            projector = projectors.setdefault(
-                (id(guard.basis), device),
-                NullSpaceProjector(guard.basis.to(device), guard.complement, persistent=False),
-            )
+            key = id(guard.basis), compute_device(layers[name].get_base_layer())
+            if key not in projectors:
+                projectors[key] = NullSpaceProjector(guard.basis.to(key[1]), guard.complement, persistent=False)
+            projector = projectors[key]
         layers[name].install_guard(adapter_name, guard, projector, residual)
         layers[name].register_state_dict_post_hook(to_plain_lora)
         layers[name].register_load_state_dict_pre_hook(from_plain_lora)
