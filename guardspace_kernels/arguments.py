@@ -124,8 +124,8 @@ def _try_to_write(name: str, text: str, target: Path) -> None:
     try:
         while not os.path.lexists(folder):
             folder = folder.parent
-        # As long a name as a temporary file beside it gets.
-        with tempfile.NamedTemporaryFile(prefix=f".{target.name}.", suffix=".try", dir=folder):
+        # As long a name as a temporary file beside it gets, at least.
+        with tempfile.NamedTemporaryFile(prefix=f".{target.name}.", suffix=".can-be-written", dir=folder):
             pass
     except OSError as error:
         raise ValueError(f"{name}: {text} cannot be written: {error.strerror or error} ({folder})") from error

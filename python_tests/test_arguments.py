@@ -2,6 +2,7 @@
 
 import os
 import stat
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -62,3 +63,15 @@ def test_values_are_shown_and_never_all_of_a_tensor():
         (object(), "object"),
     ):
         assert arguments.shown(value) == text
+
+
+def test_a_name_that_can_be_written_is_written(tmp_path):
+    """The temporary file beside it has a longer name."""
+    lengths = []
+    for length in range(225, 250):
+        target = tmp_path / ("x" * length)
+        with suppress(ValueError):
+            arguments.writable_file("out", target)
+            lengths.append(length)
+            write_text(target, "content")
+    assert lengths and lengths[-1] < 249 and len(os.listdir(tmp_path)) == len(lengths)

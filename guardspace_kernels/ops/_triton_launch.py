@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -146,17 +147,20 @@ def _choices_file(device_name: str) -> Path:
 
 @functools.cache
 def _choices(device_name: str) -> dict[str, str]:
-    with suppress(OSError, ValueError):
-        return dict(json.loads(_choices_file(device_name).read_text(encoding="utf-8")))
+    with suppress(OSError, ValueError, RecursionError):
+        read = json.loads(_choices_file(device_name).read_text(encoding="utf-8"))
+        if isinstance(read, dict):
+            return {name: key for name, key in read.items() if isinstance(key, str)}
     return {}
 
 
 def _write_choices(device_name: str, choices: dict[str, str]) -> None:
     path = _choices_file(device_name)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with suppress(OSError):  # a cache that cannot be written is tried again by the next process
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(choices, indent=1, sort_keys=True), encoding="utf-8")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", text=True)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(json.dumps(choices, indent=1, sort_keys=True))
         os.replace(temporary, path)
 
 

@@ -232,7 +232,8 @@ def test_the_quickest_row_is_remembered_in_a_file(launched, monkeypatch, tmp_pat
     assert json.loads(path.read_text()) == {"kernel [7, 4]": "BLOCK=8 warps=4 stages=3"}
     launch._choices.cache_clear()
     assert chosen(100, 10) == 8 and len(tried) == 3  # another process
-    for text in ('{"kernel [7, 4]": "BLOCK=16 warps=4 stages=3"}', '{"kernel [7, 4]": "of another version"}', "broken"):
+    damaged = "broken", "[1, 2]", '{"kernel [7, 4]": ["BLOCK=16"]}', "[" * 100_000
+    for text in ('{"kernel [7, 4]": "BLOCK=16 warps=4 stages=3"}', '{"kernel [7, 4]": "of another version"}', *damaged):
         path.write_text(text)
         launch._choices.cache_clear()
         known = "BLOCK=16" in text
