@@ -136,6 +136,8 @@ def table(things):
                 "target_modules": [None, 3, [], [3], "(", "nope", ["nope"], ["q_proj", "nope"], nn.Linear],
                 "answer_tokens": [*NO_INTEGER, -1],
                 "separate_sink": NO_BOOL,
+                "separate_prefix": [*NO_INTEGER, -1],
+                "kind_weights": [3, [1, 1, 1], {"nope": 1}, {"request": -1}, {"request": "1"}, {"request": NAN}],
                 "dtype": [None, *NO_DTYPE],
                 "progress": NO_BOOL,
                 "checkpoint": [3, b"x", "", t.folder, t.file / "x"],

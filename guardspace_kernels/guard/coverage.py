@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from guardspace_kernels.guard import forms
 from guardspace_kernels.guard.null_space import NullSpace
 from guardspace_kernels.guard.sampling import KINDS, Sample
@@ -66,11 +68,14 @@ def shown(kinds: dict[str, float]) -> str:
 
 def measured(space: NullSpace, sample: Sample | None) -> InputCoverage:
     """The coverage of an input by its sampled rows."""
-    coverage = InputCoverage(space.free_energy, {}, {})
     if sample is None:
-        return coverage
-    rows = sample.rows.to(space.basis)
-    outside, whole = space.outside(rows).double(), rows.double().square().sum(dim=1)
+        return InputCoverage(space.free_energy, {}, {})
+    return sampled(space.free_energy, sample, space.outside(sample.rows.to(space.basis)).double())
+
+
+def sampled(energy: float, sample: Sample, outside: torch.Tensor) -> InputCoverage:
+    """The coverage by rows of which ``outside`` (n,) are ``‖P x‖²``, in float64."""
+    coverage, whole = InputCoverage(energy, {}, {}), sample.rows.double().square().sum(dim=1)
     for i, kind in enumerate(KINDS):
         mine = (sample.kinds == i) & (whole > 0)
         if mine.any():

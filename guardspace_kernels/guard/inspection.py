@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from guardspace_kernels.arguments import boolean, instance, integer, iterable
 from guardspace_kernels.guard.atomic import write_json
+from guardspace_kernels.guard.coverage import Coverage, InputCoverage, sampled
 from guardspace_kernels.guard.null_space import free_dimensions
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 
@@ -38,6 +39,8 @@ class InputCapacity:
         spectrum: pairs (rank / d, λ / λ_max) at logarithmic and at equal distances.
         task: at each level ``tr(P C') / tr(C')`` of a task's inputs, the energy that the adapter can act on.
         heldout: at each level ``√(tr(P C') / tr(C'))`` of held-out prompts; to be compared with ``outside``.
+        coverage: at each level what a plan would tell of this input; None where eigenvectors were not needed otherwise,
+            but for a few inputs at which prompts can be held out.
     """
 
     layers: list[str]
@@ -50,6 +53,7 @@ class InputCapacity:
     spectrum: list[list[float]]
     task: list[float] | None = None
     heldout: list[float] | None = None
+    coverage: list[InputCoverage] | None = None
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Inspection:
         prompt_curve: pairs (prompts, mean of held-out ``√(tr(P C') / tr(C'))`` at the recommended level), where parts
             were given.
         left_out: layers of experts to which some of the statistics routed no token.
+        held_prompts: how many of the prompts could be held out.
     """
 
     levels: list[float]
@@ -70,6 +75,7 @@ class Inspection:
     reason: str
     prompt_curve: list[list[float]]
     left_out: list[str] = field(default_factory=list)
+    held_prompts: int = 0
 
     def free(self, level: int) -> float:
         """The share of the dimensions that is left to learn with at ``levels[level]``, averaged over the inputs."""
@@ -82,6 +88,11 @@ class Inspection:
     def mean(self, name: str, level: int) -> float:
         """Of ``outside``, ``task`` or ``heldout`` over the inputs."""
         return sum(getattr(one, name)[level] for one in self.inputs) / len(self.inputs)
+
+    def coverage(self, level: int) -> Coverage:
+        """How far protection would carry at ``levels[level]``, as far as inputs tell."""
+        told = [one.coverage[level] for one in self.inputs if one.coverage]
+        return Coverage(self.prompts, self.held_prompts, told)
 
     def to_dict(self) -> dict[str, Any]:
         return {"free": [self.free(i) for i in range(len(self.levels))], **asdict(self)}
@@ -121,6 +132,9 @@ class Inspection:
         if self.prompt_curve:
             curve = ", ".join(f"{outside:.3f} of {prompts}" for prompts, outside in self.prompt_curve)
             lines.append(f"held-out |Px|/|x| by calibration prompts: {curve}; {self.enough_prompts()}")
+        if any(one.coverage for one in self.inputs):
+            at = self.levels[-1] if self.recommended is None else self.recommended
+            lines.append(f"at protect={at:g}, {self.coverage(self.levels.index(at))}")
         return "\n".join([*lines, f"recommended: {self.reason}"])
 
     def enough_prompts(self) -> str:
@@ -190,7 +204,7 @@ def inspect_statistics(
     inputs = [_capacity(entry, task, heldout) for entry in bar]
     recommended, reason = _recommend(inputs, rank)
     left_out = [name for name in whole.layers if name in unseen]
-    report = Inspection(list(LEVELS), inputs, whole.prompts, recommended, reason, [], left_out)
+    report = Inspection(list(LEVELS), inputs, whole.prompts, recommended, reason, [], left_out, whole.held_prompts)
     if heldout is not None and len(merged) > 1 and recommended is not None:
         at = LEVELS.index(recommended)
         for some in tqdm(merged[:-1], desc="inspect parts", unit="part", disable=not progress):
@@ -210,10 +224,10 @@ def _recommend(inputs: Sequence[InputCapacity], rank: int) -> tuple[float | None
     return None, f"none of the levels leaves a third of the dimensions free and {rank} in every input; lower the rank"
 
 
-def _eigen(entry: InputStatistics, vectors: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues of C, ascending and at least 0, and its eigenvectors, which are left out (d, 0) unless asked for:
-    they take two thirds of the time."""
-    C = entry.covariance.double()
+def _eigen(C: torch.Tensor, entry: InputStatistics, vectors: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues of an input's C, ascending and at least 0, and its eigenvectors, which are left out (d, 0) unless
+    asked for: they take two thirds of the time."""
+    C = C.double()
     if not torch.isfinite(C).all() or C.trace() <= 0:
         raise ValueError(f"layer {entry.layers[0]}: its covariance is zero or not finite; collect the statistics again")
     values, E = torch.linalg.eigh(C) if vectors else (torch.linalg.eigvalsh(C), C[:, :0])
@@ -222,7 +236,7 @@ def _eigen(entry: InputStatistics, vectors: bool) -> tuple[torch.Tensor, torch.T
 
 def _shares(entry: InputStatistics, other: CalibrationStatistics) -> list[float]:
     """``√(tr(P C') / tr(C'))`` at each level, of another's covariance C' of the same input."""
-    return [math.sqrt(share) for share in _energies(entry.layers[0], *_eigen(entry, True), other)]
+    return [math.sqrt(share) for share in _energies(entry.layers[0], *_eigen(entry.covariance, entry, True), other)]
 
 
 def _energies(
@@ -239,7 +253,8 @@ def _energies(
 def _capacity(
     entry: InputStatistics, task: CalibrationStatistics | None, heldout: CalibrationStatistics | None
 ) -> InputCapacity:
-    eigenvalues, E = _eigen(entry, vectors=task is not None or heldout is not None)
+    probe = 0 < entry.held_tokens < entry.tokens
+    eigenvalues, E = _eigen(entry.covariance, entry, vectors=task is not None or heldout is not None or probe)
     d, total = len(eigenvalues), float(eigenvalues.sum())
     free = [free_dimensions(eigenvalues, protect=level) for level in LEVELS]
     outside = [math.sqrt(float(eigenvalues[:n].sum()) / total) for n in free]
@@ -253,4 +268,22 @@ def _capacity(
         list(entry.layers), d, entry.tokens, [d - n for n in free], outside, paper, sinks / (sinks + total), spectrum,
         None if task is None else _energies(layer, eigenvalues, E, task),
         None if heldout is None else [math.sqrt(share) for share in _energies(layer, eigenvalues, E, heldout)],
+        _coverage(entry, E, free, outside),
     )  # fmt: skip
+
+
+def _coverage(entry: InputStatistics, E: torch.Tensor, free: list[int], outside: list[float]) -> list[InputCoverage]:
+    """At each level, with C's eigenvectors, of which so many are ``free``; empty without them, or without a sample."""
+    if not E.numel() or entry.sample is None or not len(entry.sample.keys):
+        return []
+    along = (entry.sample.rows.double() @ E).square().cumsum(dim=1)
+    told = [sampled(o**2, entry.sample, along[:, n - 1]) for n, o in zip(free, outside, strict=True)]
+    held = entry.held_on("cpu")
+    if held is not None and 0 < entry.held_tokens < entry.tokens:
+        C_h = held.double()
+        eigenvalues, E = _eigen(entry.covariance.double() - C_h, entry, True)
+        total, energies = float(eigenvalues.sum()), ((E.T @ C_h) * E.T).sum(dim=1).clamp_min(0.0)
+        for one, level in zip(told, LEVELS, strict=True):
+            n = free_dimensions(eigenvalues, protect=level)
+            one.rest, one.heldout = float(eigenvalues[:n].sum()) / total, float(energies[:n].sum() / energies.sum())
+    return told

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from guardspace_kernels.arguments import choice, instance, number
+from guardspace_kernels.arguments import instance, number, shown
 from guardspace_kernels.guard.batches import TOKEN_KINDS, Batch
 
 KINDS = ("template", "request", "answer")
@@ -209,9 +209,10 @@ def _checked(given: torch.Tensor, index: int, mask: torch.Tensor) -> torch.Tenso
 def checked_weights(given: Mapping[str, float] | None) -> tuple[float, ...]:
     """By kind, in the order of :data:`KINDS`; TypeError or ValueError that names the argument."""
     given = {} if given is None else given
-    instance("kind_weights", given, Mapping, f"a mapping of {', '.join(KINDS)} to numbers, or None")
-    for kind in given:
-        choice("kind_weights: a kind", kind, KINDS)
+    wanted = f"a mapping of {', '.join(KINDS)} to numbers, or None"
+    instance("kind_weights", given, Mapping, wanted)
+    if not set(given) <= set(KINDS):
+        raise ValueError(f"kind_weights must be {wanted}, got {shown(given)}")
     weights = tuple(
         float(number(f"kind_weights[{kind!r}]", given.get(kind, 1.0), "a number of 0 or more", lambda w: w >= 0))
         for kind in KINDS

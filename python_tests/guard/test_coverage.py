@@ -9,6 +9,7 @@ from torch import nn
 
 import guardspace_kernels as gk
 from guardspace_kernels.guard.coverage import Coverage, InputCoverage, measured
+from guardspace_kernels.guard.inspection import LEVELS, inspect_statistics
 from guardspace_kernels.guard.null_space import null_space
 from guardspace_kernels.guard.sampling import ANSWER, REQUEST, TEMPLATE, Sample
 
@@ -260,3 +261,29 @@ def test_the_certificate_says_that_it_is_of_weighted_tokens():
     guarded = gk.attach_guard(model, plan_for(model, stats))
     weighted = "weighted by kind, as in the statistics: template 1, request 0.5, answer 1"
     assert weighted in str(gk.certify(guarded, stats)) and "weighted" not in str(gk.certify(guarded, plain))
+
+
+def test_inspect_tells_at_each_level_what_a_plan_would():
+    model = tiny_llama()
+    stats = collect(model, [batch_of(MANY)])
+    report = inspect_statistics(stats, rank=1, progress=False)
+    (i,) = (i for i, one in enumerate(report.inputs) if one.coverage)
+    assert stats.inputs[i].held is not None and report.held_prompts == stats.held_prompts
+    for entry in stats.inputs:
+        entry.sinks = entry.sinks[:0]  # which inspect leaves apart
+    for at, level in enumerate(LEVELS[:6]):
+        told, wanted = report.inputs[i].coverage[at], plan_for(model, stats, protect=level).coverage.inputs[i]
+        assert told.energy == pytest.approx(wanted.energy, abs=1e-5)
+        assert told.kinds == pytest.approx(wanted.kinds, abs=1e-5)
+        assert told.alike == pytest.approx(wanted.alike, abs=1e-5)
+        assert (told.rest, told.heldout) == pytest.approx((wanted.rest, wanted.heldout), abs=1e-5)
+    at = LEVELS.index(report.recommended)
+    assert f"at protect={report.recommended:g}, {report.coverage(at)}" in str(report)
+    other = inspect_statistics(stats, task=stats, rank=1, progress=False)  # with the eigenvectors of all
+    assert all(one.coverage for one in other.inputs)
+
+
+def test_inspect_warns_of_few_tokens_that_hold_the_energy():
+    stats = gk.collect_statistics(Embedded(), [prompts_of(with_outlier())], progress=False)
+    text = str(inspect_statistics(stats, rank=2, progress=False))
+    assert "warning: at 1 of 1 inputs few tokens hold the energy" in text

@@ -276,7 +276,11 @@ def test_weights_by_kind(weights, tmp_path):
 @pytest.mark.parametrize(
     "weights, error, message",
     [
-        ({"system": 1}, ValueError, "kind_weights: a kind must be one of"),
+        (
+            {"system": 1},
+            ValueError,
+            "kind_weights must be a mapping of template, request, answer to numbers, or None, got .*system",
+        ),
         ({"request": -1}, ValueError, r"kind_weights\['request'\] must be a number of 0 or more, got -1"),
         ({"request": "1"}, TypeError, r"kind_weights\['request'\] must be a number of 0 or more"),
         ([1, 1, 1], TypeError, "kind_weights must be a mapping of template, request, answer to numbers, or None"),
