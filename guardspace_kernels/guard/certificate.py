@@ -17,17 +17,19 @@ from guardspace_kernels.guard.batches import (
     check_length,
     checked_mask,
     evaluating,
-    forward_batch,
     to_device,
     with_answers,
 )
+from guardspace_kernels.guard.collecting.trial import Trial
 from guardspace_kernels.guard.drift import DriftExceededError, DriftReport, HeldOut, LayerDrift
 from guardspace_kernels.guard.fingerprint import ROUNDED, ModelFingerprint
 from guardspace_kernels.guard.layers import adapted_base, is_conv1d, linear_weight, named_submodules, peft_model
+from guardspace_kernels.guard.lockstep import Lockstep
 from guardspace_kernels.guard.null_space import is_finite
 from guardspace_kernels.guard.plan import GuardPlan
 from guardspace_kernels.guard.routing import Routing
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
+from guardspace_kernels.guard.tokens import tokens_of
 from guardspace_kernels.nn import NullSpaceProjector, ProjectedLoraLinear
 from guardspace_kernels.ops import squared_drift
 from guardspace_kernels.ops._library import full_float32_products
@@ -386,6 +388,8 @@ def _measure_heldout(
         raise ValueError(f"answer_tokens must be 1 or more, got {answer_tokens}")
     meters = {name: _Meter(layer) for name, layer in layers.items()}
     routing = Routing(model)
+    modules = {name: layer.module for name, layer in layers.items()}
+    trial = Trial(model, modules, routing, Lockstep(model), outputs=False)
     prompts, positions, kl, change = 0, 0, 0.0, 0.0
     with evaluating(model):
         for index, raw in enumerate(batches):
@@ -395,6 +399,7 @@ def _measure_heldout(
             with disable_adapter():
                 batch = with_answers(model, to_device(model, raw), answer_tokens)
                 mask = batch["attention_mask"].bool()
+                trial.look(batch, index)
                 # Fewer than asked for where every answer of the batch ended early.
                 answered = mask.shape[1] - raw["input_ids"].shape[1]
                 handles = [
@@ -402,12 +407,12 @@ def _measure_heldout(
                     for name, meter in meters.items()
                 ]
                 try:
-                    with routing.watching(mask):
-                        base = _last_logprobs(model, batch, answered)
+                    with routing.watching(tokens_of(batch, index)):
+                        base = _last_logprobs(trial, batch, index, answered)
                 finally:
                     for handle in handles:
                         handle.remove()
-            ours = _last_logprobs(model, batch, answered)
+            ours = _last_logprobs(trial, batch, index, answered)
             answers, counted = batch["input_ids"][:, -answered:], mask[:, -answered:]
             # A token that the base model excludes adds nothing, though its logarithm is infinite.
             terms = torch.where(base.isneginf(), 0.0, base.exp() * (base - ours))
@@ -425,9 +430,9 @@ def _measure_heldout(
     report.heldout = HeldOut(prompts, positions, kl / positions, change / prompts)
 
 
-def _last_logprobs(model: nn.Module, batch: Batch, answer_tokens: int) -> torch.Tensor:
+def _last_logprobs(trial: Trial, batch: Batch, index: int, answer_tokens: int) -> torch.Tensor:
     """Log-probabilities at the positions that predict the answer: (prompts, answer_tokens, vocabulary)."""
-    logits = forward_batch(model, batch, logits=answer_tokens + 1).logits
+    logits = trial.forward(batch, index, logits=answer_tokens + 1).logits
     return logits[:, -answer_tokens - 1 : -1].float().log_softmax(dim=-1)
 
 

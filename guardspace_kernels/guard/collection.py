@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from itertools import count
 
 import torch
 from torch import nn
@@ -20,15 +19,14 @@ from guardspace_kernels.guard.batches import (
     check_answerable,
     check_ids,
     check_length,
-    checked_mask,
     evaluating,
-    forward_batch,
     to_device,
     with_answers,
 )
 from guardspace_kernels.guard.collecting.checkpoint import Checkpoint
 from guardspace_kernels.guard.collecting.collector import Collector, EnoughError
 from guardspace_kernels.guard.collecting.scout import scouted
+from guardspace_kernels.guard.collecting.trial import Trial, listed
 from guardspace_kernels.guard.files import StoredTensor
 from guardspace_kernels.guard.fingerprint import ModelFingerprint
 from guardspace_kernels.guard.layers import find_layers, linear_weight, unwrapped
@@ -37,6 +35,7 @@ from guardspace_kernels.guard.passes import CollectionPlan, Replay, parse_bytes,
 from guardspace_kernels.guard.routing import Routing, grouped_as_siblings
 from guardspace_kernels.guard.sampling import EQUAL, Sample, Template, checked_weights, marks
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
+from guardspace_kernels.guard.tokens import tokens_of
 
 _NO_PROMPT = "batches is empty: at least one prompt is needed"
 _OUTPUT = "the output for the next pass"  # among names of layers, which have no spaces
@@ -54,13 +53,13 @@ def plan_collection(
     """What :func:`collect_statistics` would do with these arguments, from a forward of the first batch."""
     model, lockstep = unwrapped(model), Lockstep(unwrapped(model))
     with evaluating(model):
-        layers, routing = find_layers(model, target_modules), Routing(model)
+        trial = Trial(model, find_layers(model, target_modules), Routing(model), lockstep)
         batches = _check_all(model, batches, answer_tokens, lockstep)
-        return _planned(model, layers, batches, answer_tokens, dtype, max_memory, routing)[0]
+        return _planned(trial, batches, answer_tokens, dtype, max_memory)[0]
 
 
 def _check(model: nn.Module, batch: Batch, index: int, answer_tokens: int) -> None:
-    checked_mask(batch, index)
+    tokens_of(batch, index)
     check_ids(model, batch, index)
     check_length(model, batch, index, answer_tokens)
     if answer_tokens:
@@ -81,19 +80,21 @@ def _check_all(model: nn.Module, batches: Iterable[Batch], answer_tokens: int, l
 
 
 def _planned(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    batches: Sequence[Batch],
-    answer_tokens: int,
-    dtype: torch.dtype,
-    max_memory: int | str | None,
-    routing: Routing,
+    trial: Trial, batches: Sequence[Batch], answer_tokens: int, dtype: torch.dtype, max_memory: int | str | None
 ) -> tuple[CollectionPlan, Replay | None, bool]:
     budget = parse_bytes("max_memory", max_memory)
-    tokens = sum(mask.shape[0] * (mask.shape[1] + answer_tokens) for mask in map(checked_mask, batches, count()))
-    inputs, replay, per_token, once = scouted(model, layers, to_device(model, batches[0]), routing)
+    masks = (_mask(batch, index) for index, batch in enumerate(batches))
+    tokens = sum(mask.shape[0] * (mask.shape[1] + answer_tokens) for mask in masks)
+    first = to_device(trial.model, batches[0])
+    trial.look(first, 0)
+    inputs, replay, per_token, once = scouted(trial, first)
     plan = plan_passes(inputs, dtype, budget, per_token * tokens if replay else None)
     return plan, replay if plan.replay else None, once
+
+
+def _mask(batch: Batch, index: int) -> torch.Tensor:
+    """Of the prompts."""
+    return next(iter(tokens_of(batch, index).values())).mask
 
 
 def collect_statistics(
@@ -191,12 +192,13 @@ def collect_statistics(
     if separate_prefix or weights != EQUAL:
         options |= {"separate_prefix": separate_prefix, "kind_weights": list(weights)}
     routing = Routing(model)
+    trial = Trial(model, layers, routing, lockstep)
     passes, replay, once, probes = [list(layers)], None, False, None
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if max_memory is not None:
             assert isinstance(batches, list)
-            plan, replay, once = _planned(model, layers, batches, answer_tokens, dtype, max_memory, routing)
+            plan, replay, once = _planned(trial, batches, answer_tokens, dtype, max_memory)
             passes = [[name for one in part for name in one.layers] for part in plan.passes]
             probes = {name for part in plan.passes for one in part if one.held for name in one.layers}
             starts = [min(one.after for one in part) for part in plan.passes]
@@ -210,7 +212,7 @@ def collect_statistics(
         answered: dict[int, Batch] = {}
         prompts = 0
         for number, names in enumerate(passes):
-            collector = Collector(layers, names, dtype, separate_sink, routing, probes, weights)
+            collector = Collector(layers, names, dtype, separate_sink, routing, trial.stream, probes, weights)
             path, every = checkpoint, checkpoint_every
             if several and checkpoint is None:
                 path, every = os.path.join(folder, str(number)), sys.maxsize
@@ -227,7 +229,7 @@ def collect_statistics(
             for index, raw in enumerate(tqdm(batches, desc=label, unit="batch", disable=not progress)):
                 with lockstep.step():
                     _check(model, raw, index, answer_tokens)
-                    mask = checked_mask(raw, index)
+                    mask = _mask(raw, index)
                     kinds = template.kinds(raw, index, mask)
                     apart = max(1, min(separate_prefix, template.before))
                     if state.has(index, raw):
@@ -237,19 +239,22 @@ def collect_statistics(
                     batch = with_answers(model, batch, answer_tokens)
                     if several:
                         answered[index] = batch
-                whole = checked_mask(batch, index)
+                trial.look(batch, index)
+                streams = tokens_of(batch, index, apart)
+                read = next(iter(streams.values()))  # of the prompts
                 with ExitStack() as running:
-                    running.enter_context(collector.counting(whole, marks(raw, mask, kinds, whole, apart)))
+                    running.enter_context(collector.counting(streams, marks(raw, mask, kinds, read.mask)))
                     if replay:
                         running.enter_context(replay.run(index, partial(collector.arrived, _OUTPUT)))
                     if once:
                         collector.waiting = {*names, _OUTPUT} if replay and replay.keeps else set(names)
                         running.enter_context(suppress(EnoughError))
-                    forward_batch(model, batch)
+                    trial.forward(batch, index)
+                trial.confirm(batch, index, collector.late)
                 once = once or (not several and collector.once(model))
                 with lockstep.step():
                     collector.end_batch()
-                    state.add(raw, collector.mask.shape[0], save=(index + 1) % every == 0)
+                    state.add(raw, int(read.first.sum()), save=(index + 1) % every == 0)
             with lockstep.step():
                 state.end(index + 1)
                 prompts, sampler = state.prompts, collector.sampler
@@ -258,9 +263,9 @@ def collect_statistics(
                 idle = [name for name in names if name not in collector.input_of]
                 lost = routing.lost(idle)
                 if lost:
-                    raise ValueError(
-                        f"layer {lost[0]} was never reached by the forward pass; leave it out of target_modules"
-                    )
+                    subject = f"layer {lost[0]} was" if len(lost) == 1 else f"{len(lost)} layers were"
+                    all_of_them = f": {listed(lost)}; leave them" if len(lost) > 1 else "; leave it"
+                    raise ValueError(f"{subject} never reached by the forward pass{all_of_them} out of target_modules")
                 unseen += idle
                 inputs += state.statistics() if several else [one.statistics() for one in collector.inputs]
             del collector, state

@@ -38,9 +38,13 @@ class Lockstep:
             if text:
                 raise RuntimeError(f"rank {rank} ended, and a sharded model runs on all ranks or on none: {text}")
 
+    def gathered(self, value: Any) -> list[Any]:
+        """The value of every process that runs the model."""
+        return _gathered(value) if self.sharded else [value]
+
     def agree(self, what: str, number: int, advice: str) -> None:
         """ValueError in every process unless ``number`` is the same in all."""
-        numbers = _gathered(number) if self.sharded else [number]
+        numbers = self.gathered(number)
         if len(set(numbers)) > 1:
             raise ValueError(
                 f"the ranks have {', '.join(map(str, numbers))} {what}, but a sharded model runs on all ranks or on "

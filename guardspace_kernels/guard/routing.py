@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from guardspace_kernels.guard.batches import first_tokens
+from guardspace_kernels.guard.tokens import Tokens, misfit
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -77,7 +78,7 @@ def _times_before(values: torch.Tensor) -> torch.Tensor:
 class Routing:
     """Tells which tokens a layer reads, within :meth:`watching`.
 
-    An input whose leading dimensions are those of the mask holds its tokens in its order. An expert is called with some
+    An input whose leading dimensions are those of a mask holds its tokens in its order. An expert is called with some
     rows (n, d) of what the module around it was called with: they are found there bit by bit. Equal rows
     are interchangeable: a router sends them to the same experts, where as many count as real, or first, as there are
     real, or first, ones (padding may equal the last token of its prompt). What is read further inside and is no copy,
@@ -92,13 +93,14 @@ class Routing:
         self.modules = {name: module for name, module in model.named_modules() if any(True for _ in module.children())}
         self.containers: set[str] = set()
         self.flat: set[str] = set()
-        self.mask = self.first = torch.empty(0)
+        self.streams: Mapping[str, Tokens] = {}
         self.calls: list[_Call] = []
+        self.thread = 0
 
     @contextmanager
-    def watching(self, mask: torch.Tensor) -> Iterator[None]:
-        """Of a forward of prompts with that mask (prompts, tokens); hooks go whatever happens."""
-        self.mask, self.first, self.calls = mask, first_tokens(mask), []
+    def watching(self, streams: Mapping[str, Tokens]) -> Iterator[None]:
+        """Of a forward that reads these tokens; hooks go whatever happens."""
+        self.streams, self.calls, self.thread = streams, [], threading.get_ident()
         handles = []
         for name, module in self.modules.items():
             handles.append(module.register_forward_pre_hook(self._begin(name), with_kwargs=True))
@@ -106,12 +108,21 @@ class Routing:
         try:
             yield
         finally:
-            self.calls = []
+            self.streams, self.calls = {}, []
             for handle in handles:
                 handle.remove()
 
+    def check_thread(self) -> None:
+        """RuntimeError in a forward of any thread but the one that watches."""
+        if threading.get_ident() != self.thread:
+            raise RuntimeError(
+                "this model is running under collect_statistics or certify in another thread, whose hooks would count "
+                "this forward as well; wait until that has ended, or run a copy of the model"
+            )
+
     def _begin(self, name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.check_thread()
             given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
             self.calls.append(_Call(name, next(given, torch.empty(0))))
 
@@ -125,16 +136,13 @@ class Routing:
 
         ValueError that names the layer where they are not known.
         """
-        if x.shape[:-1] == self.mask.shape:
-            return self.mask.to(x.device), self.first.to(x.device)
+        fitting = [tokens for tokens in self.streams.values() if tokens.fits(x)]
+        if len(fitting) == 1:
+            shape = x.shape[:-1]
+            return fitting[0].mask.to(x.device).reshape(shape), fitting[0].apart.to(x.device).reshape(shape)
         found = self.look(name, x)
         if found is None:
-            raise ValueError(
-                f"layer {name}: input of shape {tuple(x.shape)} does not match the attention mask "
-                f"{tuple(self.mask.shape)}, and its rows are not those of an enclosing module's input; such layers "
-                "(cross-attention, experts whose router scales or pads what they read) cannot be collected: leave "
-                "them out of target_modules"
-            )
+            raise ValueError(misfit(name, x, self.streams))
         return found
 
     def look(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -148,9 +156,12 @@ class Routing:
         return None if call.real is None or call.first is None else (call.real, call.first)
 
     def _place(self, call: _Call, around: _Call | None) -> None:
-        x, whole = call.x, self.mask.numel()
-        if x.shape[:-1] == self.mask.shape or (x.dim() == 2 and around is None and len(x) == whole):
-            call.real, call.first = self.mask.flatten().to(x.device), self.first.flatten().to(x.device)
+        x = call.x
+        alone = x.dim() == 2 and around is None
+        fitting = [t for t in self.streams.values() if t.fits(x) or (alone and len(x) == t.mask.numel())]
+        if fitting:
+            if len(fitting) == 1:  # else it may be the encoder's or the decoder's
+                call.real, call.first = (of.flatten().to(x.device) for of in (fitting[0].mask, fitting[0].apart))
         elif x.dim() == 2 and around is not None and around.real is not None and around.first is not None:
             same = _comparable(around.rows, call.rows) and torch.equal(around.rows, call.rows)
             found = None if same else around.find(call.rows)

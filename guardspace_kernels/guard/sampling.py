@@ -16,6 +16,7 @@ import torch
 
 from guardspace_kernels.arguments import instance, number, shown
 from guardspace_kernels.guard.batches import TOKEN_KINDS, Batch
+from guardspace_kernels.guard.tokens import Tokens
 
 KINDS = ("template", "request", "answer")
 TEMPLATE, REQUEST, ANSWER = range(3)
@@ -73,16 +74,14 @@ class Marks:
 
     Attributes:
         kinds: indices into :data:`KINDS`. keys: see :class:`Sample`. held: whether the prompt can be held out.
-        apart: of each prompt so many tokens at its beginning are kept apart as directions of their own.
     """
 
     kinds: torch.Tensor
     keys: torch.Tensor
     held: torch.Tensor
-    apart: int = 1
 
 
-def marks(batch: Batch, mask: torch.Tensor, kinds: torch.Tensor, whole: torch.Tensor, apart: int = 1) -> Marks:
+def marks(batch: Batch, mask: torch.Tensor, kinds: torch.Tensor, whole: torch.Tensor) -> Marks:
     """Of a batch with that mask and those kinds, which became ``whole`` (a mask) if answers were appended."""
     mask, whole = mask.cpu(), whole.cpu()
     if whole.shape != mask.shape:  # answers need padding on the left
@@ -93,7 +92,7 @@ def marks(batch: Batch, mask: torch.Tensor, kinds: torch.Tensor, whole: torch.Te
     mixed = _mixed(hashes[:, None] + places * np.uint64(0x9E3779B97F4A7C15))
     keys = torch.from_numpy((mixed >> np.uint64(64 - _HASH_BITS)).astype(np.int64)) | (kinds << _HASH_BITS)
     held = torch.from_numpy(hashes % np.uint64(_HELD) == 0)
-    return Marks(kinds, keys, held[:, None].expand(whole.shape), apart)
+    return Marks(kinds, keys, held[:, None].expand(whole.shape))
 
 
 def _bytes(t: torch.Tensor) -> bytes:
@@ -128,9 +127,9 @@ class Sampler:
     Attributes:
         probes: the layers at whose inputs prompts can be held out. keys: of the sample of all rows so far.
         held_prompts, kind_tokens: see :class:`guardspace_kernels.guard.statistics.CalibrationStatistics`.
-        new, held: of the batch's real tokens, in the mask's order: indices of those that join the samples, and a mask
-            of those to hold out, None where there are none.
-        parts: masks of the tokens that count, with their weights; empty where all count alike.
+        new: of the real tokens of the batch's prompts, in the mask's order: indices of those that join the samples.
+        held: by the id of a stream of tokens, a mask of its real ones to hold out, where there are any.
+        parts: masks of the prompts' tokens that count, with their weights; empty where all count alike.
     """
 
     def __init__(self, probes: set[str], weights: Sequence[float] = EQUAL) -> None:
@@ -139,30 +138,36 @@ class Sampler:
         self.held_prompts = 0
         self.kind_tokens = [0] * len(KINDS)
         self.new = self.new_keys = self.keys
-        self.held: torch.Tensor | None = None
+        self.held: dict[int, torch.Tensor] = {}
         self.parts: list[tuple[torch.Tensor, float]] = []
 
-    def begin(self, marks: Marks, mask: torch.Tensor, counted: torch.Tensor) -> None:
-        """A batch with that mask, of whose real tokens the ``counted`` ones (a mask) count."""
-        real, counted = mask.cpu(), counted.cpu()
-        kinds, keys, held = (of[real] for of in (marks.kinds, marks.keys, marks.held))
+    def begin(self, marks: Marks, streams: Mapping[str, Tokens], sink: bool) -> None:
+        """A batch of those tokens, the prompts' first; with ``sink`` the first tokens of prompts do not count."""
+        prompts, *_ = streams.values()
+        real = prompts.mask.cpu()
+        counted = prompts.later.cpu() if sink else torch.ones(int(real.sum()), dtype=torch.bool)
+        kinds, keys = marks.kinds[real], marks.keys[real]
         places = counted.nonzero().flatten()
         known = torch.cat([self.keys, keys[places]])
         which = kept(known)
         self.new = places[which[which >= len(self.keys)] - len(self.keys)]
         self.new_keys = keys[self.new]
         self.keys = known[which]
-        self.held = held & counted if held.any() else None
+        rows = marks.held[:, :1]
+        if rows.any():
+            for tokens in streams.values():
+                held = rows.expand(tokens.mask.shape)[tokens.mask.cpu()]
+                self.held[id(tokens)] = held & tokens.later.cpu() if sink else held
+        self.held_prompts += int((prompts.first.cpu() & rows).sum())
         if any(weight != 1.0 for weight in self.weights):
             given = torch.tensor(self.weights, dtype=torch.float64)[kinds]
             self.parts = [(counted & (given == w), w) for w in sorted(set(self.weights)) if w > 0]
-        self.held_prompts += int(marks.held[:, 0].sum())
         for kind, count in enumerate(kinds[counted].bincount(minlength=len(KINDS)).tolist()):
             self.kind_tokens[kind] += count
 
     def end(self) -> None:
         self.new = self.new_keys = self.keys[:0]
-        self.held, self.parts = None, []
+        self.held, self.parts = {}, []
 
 
 class Template:

@@ -54,20 +54,19 @@ def tiny_gpt2(seed=0, dtype=torch.float32):
 
 class PlainModel(nn.Module):
     """No transformers. q and k read ``reads``: "same" tensor, "other" tensors, one changed "inplace" in between, or
-    "flip": the same one in the first call only."""
+    "flip": the same one but for prompts with token 49."""
 
     def __init__(self, reads="same", d=10, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        self.reads, self.calls = reads, 0
+        self.reads = reads
         self.embed = nn.Embedding(60, d)
         self.q, self.k, self.out = nn.Linear(d, 8), nn.Linear(d, 8, bias=False), nn.Linear(8, d)
 
     def forward(self, input_ids, attention_mask=None):
         h = self.embed(input_ids)
         q = self.q(h)
-        other = self.reads == "other" or (self.reads == "flip" and self.calls > 0)
-        self.calls += 1
+        other = self.reads == "other" or (self.reads == "flip" and bool((input_ids == 49).any()))
         if self.reads == "inplace":
             h.add_(1.0)
         return self.out(torch.tanh(q + self.k(h.clone() * 2 if other else h)))

@@ -47,7 +47,8 @@ def test_an_interrupted_collection_goes_on_to_the_same_bits(tmp_path, options, d
         model.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
         assert_same_bits(collect(model=model, checkpoint=path, **options), whole)
         if not options.get("answer_tokens"):
-            assert len(ran) == len(BATCHES) - after
+            tried = 4 if after < len(BATCHES) else 0  # a prompt padded on each side, alone and in its row
+            assert len(ran) == len(BATCHES) - after + tried
         assert_same_bits(collect(checkpoint=path, **options), whole)  # nothing is left to do
         assert os.listdir(tmp_path).count(path.name) == 1 and len(os.listdir(tmp_path)) == 1
         path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from guard_helpers import PROMPTS, PlainModel, assert_same_bits, batch_of, collect, planned, tiny_gpt2, tiny_llama
 from test_interrupted_statistics import Stop
-from test_statistics import LateReader
+from test_statistics import LATE, LateReader
 
 import guardspace_kernels as gk
 from guardspace_kernels.guard import collection, passes, planning
@@ -95,7 +95,8 @@ def test_each_block_runs_once_where_the_model_is_a_chain():
     assert [[one.after for one in part] for part in plan.passes] == [[i] * 4 for i in range(4)] and plan.replay
     n = len(batches)
     calls = attention_calls(model, lambda: collect(model, batches, max_memory=budget))
-    assert calls == [n + 2, n + 2, n + 3, n + 3]  # and forwards of the first batch that show the structure
+    # And forwards of the first batch that show the structure, after two of a prompt.
+    assert calls == [n + 4, n + 4, n + 5, n + 5]
     assert "4 passes instead of" in str(plan) and "each block runs about once" in str(plan)
     # Without room for the outputs: from the beginning, but no further than needed.
     batches = 3 * BATCHES
@@ -104,8 +105,8 @@ def test_each_block_runs_once_where_the_model_is_a_chain():
     n = len(batches)
     calls = attention_calls(model, lambda: collect(model, batches, max_memory=budget))
     reach = [part[-1].after for part in tight.passes]
-    assert calls == [n * sum(last >= i for last in reach) + (2 if i < 2 else 3) for i in range(4)]
-    assert attention_calls(model, lambda: collect(model, batches)) == [n] * 4
+    assert calls == [n * sum(last >= i for last in reach) + (6 if i < 2 else 7) for i in range(4)]
+    assert attention_calls(model, lambda: collect(model, batches)) == [n + 4] * 4
 
 
 class Gossip(torch.nn.Module):
@@ -154,14 +155,12 @@ def test_blocks_that_talk_behind_their_outputs_are_not_replayed(options):
 
 
 def test_layers_that_the_first_batch_does_not_reach():
-    batches = [{"input_ids": torch.randint(0, 20, (2, 5))} for _ in range(3)]
     model = LateReader()
-    whole = collect(model, batches)
-    model.calls = 0
-    parts = collect(model, batches, max_memory=4 * (36 + 21))
-    assert parts.for_layer("early").tokens == 3 * 2 * 4
-    assert torch.equal(parts.for_layer("early").covariance, whole.for_layer("early").covariance)
-    assert parts.for_layer("late").tokens >= 2 * 2 * 4  # its pass finds it reached from its first batch on
+    whole = collect(model, LATE)
+    parts = collect(model, LATE, max_memory=4 * (36 + 21))
+    assert parts.for_layer("early").tokens == 3 * 2 * 4 and parts.for_layer("late").tokens == 2 * 2 * 4
+    for name in ("early", "late"):
+        assert torch.equal(parts.for_layer(name).covariance, whole.for_layer(name).covariance)
 
 
 @pytest.mark.parametrize("stop_at", range(0, 18, 4))

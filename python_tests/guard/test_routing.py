@@ -35,6 +35,7 @@ from guardspace_kernels.guard.estimate import estimate_preparation
 from guardspace_kernels.guard.inspection import inspect_statistics
 from guardspace_kernels.guard.layers import find_layers
 from guardspace_kernels.guard.routing import Routing, grouped_as_siblings
+from guardspace_kernels.guard.tokens import Tokens
 
 D, WIDTH = 32, 12
 SEEDED = torch.Generator().manual_seed(3)
@@ -194,7 +195,7 @@ def looked_up(mask, x, picked, dtype=torch.float32):
     module.experts[0].register_forward_pre_hook(
         lambda _, args: found.extend(routing.tokens("0.experts.0", args[0]))
     )  # fmt: skip
-    with routing.watching(torch.tensor(mask, dtype=torch.bool)):
+    with routing.watching({"input_ids": Tokens(torch.tensor(mask, dtype=torch.bool))}):
         outer(torch.tensor(x, dtype=dtype))
     assert all(not hooks for m in outer.modules() for hooks in (m._forward_hooks,)) and not routing.calls
     return [t.tolist() for t in found]
@@ -230,11 +231,11 @@ def test_rows_are_compared_bit_by_bit():
 
 def test_experts_that_read_something_else_are_refused_by_name():
     name = r"layer model\.layers\.0\.mlp\.experts\.\d\.gate_proj: input of shape \(\d+, 32\) does not match the "
-    wanted = name + r"attention mask \(5, 9\), and its rows are not those of an enclosing.*leave them out of target_mod"
+    wanted = name + r"attention mask \(2, \d\): its rows are not those of an enclosing.*leave them out of target_mod"
     for options in ({}, {"max_memory": "1MB"}):
         with pytest.raises(ValueError, match=wanted):
             collect(tiny_moe(scaled=True), **options)
-    with pytest.raises(ValueError, match=r"does not match the attention mask \(5, 9\)"):
+    with pytest.raises(ValueError, match=r"does not match the attention mask \(2, \d\)"):
         collect(tiny_moe(scaled=True), target_modules=["down_proj"])
     stats = collect(tiny_moe(scaled=True), target_modules=["q_proj", "router"])
     assert len(stats.inputs) == 4 and not any(entry.routed for entry in stats.inputs)
@@ -254,7 +255,8 @@ def test_only_experts_beside_reached_ones_may_be_unreached():
     for options in ({}, {"max_memory": "100kB"}):
         with pytest.raises(ValueError, match=r"layer model\.layers\.0\.mlp\.spare was never reached"):
             collect(model, **options)
-    with pytest.raises(ValueError, match=r"layer model\.layers\.0\.mlp\.experts\.1\.gate_proj was never reached"):
+    names = r"model\.layers\.0\.mlp\.experts\.1\.gate_proj, .*, model\.layers\.1\.mlp\.experts\.1\.down_proj"
+    with pytest.raises(ValueError, match=rf"6 layers were never reached by the forward pass: {names}; leave them out"):
         collect(tiny_moe(idle=[1]), target_modules=r".*\.experts\.1\..*")
 
 

@@ -83,9 +83,13 @@ def test_guarded_layers_compute_real_tokens_only(kind, side):
         layer.forward = lambda x, forward=forward: rows.append(x.shape[:-1].numel()) or forward(x)
         layer.register_forward_hook(lambda _module, _args, result: outputs.append(result))
     collect(model, [batch])
-    tried = [4] * len(layers)  # a forward of one's own is tried with a few rows before
+    # Before, a forward of one's own is tried with a few rows, and one prompt alone and in its row.
+    tried, n = [4] * len(layers), len(layers)
+    assert len(rows) == 4 * n and len(outputs) == 3 * n
     real = int(batch["attention_mask"].sum())
-    assert rows == [*tried, *[real] * len(layers)] and real < batch["input_ids"].numel()
+    assert rows[:n] == tried and rows[-n:] == [real] * n and real < batch["input_ids"].numel()
+    assert max(rows[:-n]) < 2 * max(map(len, PROMPTS))
+    del outputs[:-n]
     assert all(y.shape[:-1] == batch["input_ids"].shape and y.isfinite().all() for y in outputs)
     # Somebody else's hook sees at each real token what it would see without collecting.
     collected, mask = list(outputs), batch["attention_mask"].bool()
@@ -141,7 +145,8 @@ def test_an_output_has_the_shape_of_its_flattened_input():
 
     batch = batch_of()
     collect(Flat(), [batch, batch], target_modules=["q"])
-    assert shapes == [(batch["input_ids"].numel(), 8)]  # the second forward has ended before
+    # A prompt twice, and in its row; the second forward has ended before.
+    assert shapes == [(8, 8), (9, 8), (batch["input_ids"].numel(), 8)]
 
 
 class TwiceModel(PlainModel):
@@ -159,7 +164,7 @@ def test_a_forward_ends_with_the_last_layer_if_each_is_called_once(make, heads):
     else:
         model.register_forward_hook(lambda *_: ran.append(1))
     stats = collect(model, batches)
-    assert len(ran) == heads
+    assert len(ran) == heads + 2  # a prompt alone and in its row
     check_equal(stats, hand_made(model, [p for i in (0, 2, 3) for p in PROMPTS[i : i + 2]], stats.layers))
 
 
@@ -227,7 +232,7 @@ def test_sharing_follows_the_tensors_not_the_names(reads, groups):
 
 def test_layers_that_stop_sharing_are_refused():
     with pytest.raises(RuntimeError, match="layer k read the same tensor as q in the first batch but another one now"):
-        collect(PlainModel("flip"), [batch_of(), batch_of()])
+        collect(PlainModel("flip"), [batch_of(), batch_of([[5, 49]])])
 
 
 @pytest.mark.parametrize("target, count", [(["q_proj", "v_proj"], 4), (r".*layers\.1\..*", 7), ("all-linear", 14)])
@@ -319,7 +324,7 @@ def test_the_model_is_left_as_it_was(training, fails):
     model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda *_: seen.append(1))  # somebody else's
 
     def fail(*_):
-        if fails and len(seen) == 2:
+        if fails and len(seen) == 4:
             raise RuntimeError("out of memory")
 
     model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(fail)
@@ -330,7 +335,7 @@ def test_the_model_is_left_as_it_was(training, fails):
             collect(model, [batch_of(), batch_of()])
     else:
         collect(model, [batch_of(), batch_of()])
-    assert hooks_of(model) == hooks and len(seen) == 2
+    assert hooks_of(model) == hooks and len(seen) == 4  # a prompt alone, in its row, and two batches
     assert {name: m.training for name, m in model.named_modules()} == modes
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -428,8 +433,14 @@ def test_inputs_of_other_shapes(layout):
         stats = collect(model)
         check_equal(stats, hand_made(model, PROMPTS, ["fc"]))
     else:  # (tokens, prompts, d) has as many rows, in another order: the mask would hit the wrong ones
-        with pytest.raises(ValueError, match=r"layer fc: input of shape .* does not match the attention mask \(5, 9\)"):
-            collect(model)
+        shape, why = {
+            "transposed": (r"\(4, 2, 6\)", "it does not read the prompts' tokens in their order"),
+            "pooled": (r"\(2, 6\)", "it reads one row of each prompt, as a pooler or a classifier does"),
+        }[layout]
+        match = rf"layer fc: input of shape {shape} does not match the attention mask \(2, 4\): {why}.*leave them out"
+        for batches in ([batch_of()], [batch_of([PROMPTS[0][:5]] * 5)]):  # as many prompts as tokens
+            with pytest.raises(ValueError, match=match):
+                collect(model, batches)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "plain"])
@@ -509,23 +520,23 @@ def test_for_layer_and_repr():
 
 
 class LateReader(nn.Module):
-    """The second layer reads what the first does, but only from the second batch on."""
+    """The second layer reads what the first does, but only in batches with token 19."""
 
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(20, 6)
         self.early, self.late = nn.Linear(6, 4), nn.Linear(6, 4)
-        self.calls = 0
 
     def forward(self, input_ids, attention_mask=None):
-        self.calls += 1
         x = self.embed(input_ids)
-        return self.early(x) + self.late(x) if self.calls > 1 else self.early(x)
+        return self.early(x) + self.late(x) if (input_ids == 19).any() else self.early(x)
+
+
+LATE = [{"input_ids": torch.tensor([[3, place, 4, 2, 1]] * 2)} for place in (5, 19, 19)]
 
 
 def test_a_layer_reached_late_does_not_inherit_earlier_batches():
-    batches = [{"input_ids": torch.randint(0, 20, (2, 5))} for _ in range(3)]
-    stats = gk.collect_statistics(LateReader(), batches, progress=False)
+    stats = collect(LateReader(), LATE)
     early, late = stats.for_layer("early"), stats.for_layer("late")
     assert early.layers == ["early"]
     assert late.layers == ["late"]
@@ -556,4 +567,4 @@ def test_tokens_of_another_tokenizer_name_the_prompt(token):
     model.register_forward_pre_hook(lambda *_: ran.append(1))
     with pytest.raises(ValueError, match=rf"batch 1: prompt 2 holds token {token}, but the model knows 60 tokens"):
         collect(model, [batch_of(), second])
-    assert len(ran) == 1
+    assert len(ran) == 3  # a prompt alone, in its row, and the first batch

@@ -327,11 +327,15 @@ def test_hooks_of_the_base_act_on_the_base_alone(tiny, kind, name, way, when):
 
 
 def test_statistics_are_of_what_the_adapter_reads(tiny):
-    model = tiny.base()
-    steer_before(model.get_submodule(LAYER))
+    """Before hooks of the base; those that change its output, and so what later layers read, are refused."""
+    model, seen = tiny.base(), []
+    model.get_submodule(LAYER).register_forward_pre_hook(lambda _module, args: seen.append(1) or args[0].clone())
     batches = [{"input_ids": tiny.batch(seed=7)["input_ids"][:, :4]}]
     stats = gk.collect_statistics(model, batches, target_modules=[LAYER], progress=False)
-    assert close(stats.for_layer(LAYER).covariance, tiny.statistics().for_layer(LAYER).covariance)
+    assert seen and close(stats.for_layer(LAYER).covariance, tiny.statistics().for_layer(LAYER).covariance)
+    steer_before(model.get_submodule(LAYER))
+    with pytest.raises(TypeError, match=rf"layer {LAYER}: its output is not x Wᵀ \+ b .*take its hooks off"):
+        gk.collect_statistics(model, batches, target_modules=[LAYER], progress=False)
 
 
 @pytest.mark.parametrize("mode", ["forward", "step"])

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from guardspace_kernels.guard.batches import first_tokens
 from guardspace_kernels.guard.files import StoredTensor
 from guardspace_kernels.guard.layers import is_conv1d, is_sharded
 from guardspace_kernels.guard.routing import Routing
 from guardspace_kernels.guard.sampling import EQUAL, Marks, Sample, Sampler, kept, probed
 from guardspace_kernels.guard.statistics import InputStatistics, distinct, packed
+from guardspace_kernels.guard.tokens import Tokens, misfit, version_of
 from guardspace_kernels.nn import CovarianceAccumulator
 
 
@@ -96,10 +96,6 @@ def _triangle(accumulator: CovarianceAccumulator) -> StoredTensor:
     return StoredTensor(C.dtype, (len(C) * (len(C) + 1) // 2,), lambda: packed(C).cpu())
 
 
-def version_of(x: torch.Tensor) -> int:
-    return 0 if x.is_inference() else x._version
-
-
 class EnoughError(Exception):
     """Raised in a hook: nothing more of this forward is wanted."""
 
@@ -114,27 +110,29 @@ class Collector:
         dtype: torch.dtype,
         sink: bool,
         routing: Routing,
+        stream: Mapping[str, str],
         probes: set[str] | None = None,
         weights: Sequence[float] = EQUAL,
     ) -> None:
-        """Collects for ``names``, some of the guarded layers; ``probes`` are among those. ``weights`` by kind."""
+        """Collects for ``names``, some of the guarded layers; ``probes`` are among those. ``stream``: which tokens of a
+        batch a layer reads. ``weights`` by kind."""
         self.guarded = guarded
         self.layers = {name: guarded[name] for name in names}
         self.dtype = dtype
         self.sink = sink
         self.routing = routing
+        self.stream = stream
+        self.late: dict[str, str] = {}  # layers whose stream nobody knows, and that of the shape of their input
         self.sampler = Sampler(probed(list(guarded)) if probes is None else probes, weights)
         self.inputs: list[CollectedInput] = []
         self.input_of: dict[str, CollectedInput] = {}
-        self.mask = self.counted = self.first = torch.empty(0)
-        self.real: torch.Tensor | None = None  # indices of the real tokens, where there are others
-        self.latest: tuple[torch.Tensor, int, torch.Tensor] | None = None  # an input, its version, its real rows
+        self.streams: Mapping[str, Tokens] = {}
         self.batch = 0
         self.called: list[str] = []
         self.waiting: set[str] = set()  # what a forward is run for; empty: let it end by itself
 
     @contextmanager
-    def counting(self, mask: torch.Tensor, marks: Marks | None = None) -> Iterator[None]:
+    def counting(self, streams: Mapping[str, Tokens], marks: Marks | None = None) -> Iterator[None]:
         """Within the context every forward of a layer counts; hooks go whatever happens.
 
         Without ``marks`` of the tokens no rows are kept, and no prompts to hold out.
@@ -143,53 +141,59 @@ class Collector:
         depend on its number of rows; but those whose input is not (prompts, tokens, d), such as experts, and those of
         classes with a forward of their own.
         """
-        self.mask, self.real, self.called = mask, None, []
-        first, flat = first_tokens(mask, 1 if marks is None else marks.apart)[mask], mask.flatten()
-        self.first, self.counted = first.nonzero().flatten(), ~first
-        if not flat.all():
-            self.real = flat.nonzero().flatten()
+        self.streams, self.called, self.late = streams, [], {}
+        padded = any(tokens.real is not None for tokens in streams.values())
         if marks is not None:
-            self.sampler.begin(marks, mask, self.counted if self.sink else torch.ones_like(self.counted))
+            self.sampler.begin(marks, streams, self.sink)
         handles = []
         for name, module in self.guarded.items():
             plain = type(module).forward is nn.Linear.forward or is_conv1d(module)
-            cut = plain and self.real is not None
+            cut = plain and padded
             # Before those of others as well: an adapter reads x, whatever a hook then makes of it for the base layer.
             handles.append(module.register_forward_pre_hook(self._hook(name, cut), prepend=True))
             if cut:
                 # Before the hooks of others, which are used to the whole output.
                 handles.append(module.register_forward_hook(self._whole, prepend=True))
         try:
-            with self.routing.watching(mask):
+            with self.routing.watching(streams):
                 yield
         finally:
-            self.latest = None
+            self.streams = {}
             self.sampler.end()
             for handle in handles:
                 handle.remove()
 
     def _hook(self, name: str, cut: bool) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            self.routing.check_thread()
             if not args:
                 raise TypeError(f"layer {name} is called with keywords alone; leave it out of target_modules")
+            x = args[0]
+            tokens = self.tokens_read(name, x)
             if name in self.layers:
                 self.called.append(name)
-                self.see(name, args[0])
+                self.see(name, x, tokens)
                 self.arrived(name)
-            if not cut or args[0].shape[:-1] != self.mask.shape:
+            if not cut or tokens is None or tokens.real is None:
                 return None
-            return (self.rows_of(args[0]), *args[1:])
+            return (tokens.rows(x), *args[1:])
 
         return hook
 
-    def rows_of(self, x: torch.Tensor) -> torch.Tensor:
-        """The real tokens (T, d) of an input in the mask's order, (prompts, tokens, d)."""
-        flat = x.reshape(-1, x.shape[-1])
-        if self.real is None:
-            return flat
-        if self.latest is None or self.latest[0] is not x or self.latest[1] != version_of(x):
-            self.latest = x, version_of(x), flat.index_select(0, self.real.to(x.device))
-        return self.latest[2]
+    def tokens_read(self, name: str, x: torch.Tensor) -> Tokens | None:
+        """The tokens that x (rows, places, d) holds; None for what may be an expert's input, (n, d)."""
+        if name in self.stream:
+            tokens = self.streams[self.stream[name]]
+            if tokens.fits(x):
+                return tokens
+        elif x.dim() == 2:
+            return None
+        else:
+            fitting = [key for key, tokens in self.streams.items() if tokens.fits(x)]
+            if len(fitting) == 1:
+                self.late[name] = fitting[0]
+                return self.streams[fitting[0]]
+        raise ValueError(misfit(name, x, self.streams))
 
     def once(self, model: nn.Module) -> bool:
         """Whether the last forward called every layer once: one like it may end where the last of them is reached.
@@ -203,13 +207,15 @@ class Collector:
 
     def _whole(self, module: nn.Module, args: tuple[Any, ...], result: torch.Tensor) -> torch.Tensor | None:
         """Padding gets the output of zeros: those that mix tokens otherwise than by attention set it to zero first."""
-        if self.latest is None or args[0] is not self.latest[2]:
-            return None
-        assert self.real is not None
-        whole = result.new_zeros(self.mask.numel(), result.shape[-1])
-        if isinstance(module.bias, torch.Tensor) and not module.bias.is_meta:
-            whole += module.bias
-        return whole.index_copy_(0, self.real.to(result.device), result).reshape(*self.mask.shape, -1)
+        for tokens in self.streams.values():
+            x = tokens.source(args[0])
+            if x is not None and tokens.real is not None:
+                whole = result.new_zeros(tokens.mask.numel(), result.shape[-1])
+                if isinstance(module.bias, torch.Tensor) and not module.bias.is_meta:
+                    whole += module.bias
+                whole.index_copy_(0, tokens.real.to(result.device), result)
+                return whole.reshape(*x.shape[:-1], -1)
+        return None
 
     def arrived(self, name: str) -> None:
         """Ends the forward if it was the last thing to wait for."""
@@ -218,7 +224,7 @@ class Collector:
             if not self.waiting:
                 raise EnoughError
 
-    def see(self, name: str, x: torch.Tensor) -> None:
+    def see(self, name: str, x: torch.Tensor, tokens: Tokens | None) -> None:
         mine = self.input_of.get(name)
         if mine is None:
             # A layer first reached in a later batch does not join an input that has seen earlier ones.
@@ -233,11 +239,11 @@ class Collector:
             if probe:
                 mine.hold()
             if fresh:
-                self.update(name, mine, x)
+                self.update(name, mine, x, tokens)
             elif probe:
-                self.hold(mine, x)
+                self.hold(mine, x, tokens)
         elif mine.layers[0] == name:
-            self.update(name, mine, x)
+            self.update(name, mine, x, tokens)
         elif not mine.read(x):
             raise RuntimeError(
                 f"layer {name} read the same tensor as {mine.layers[0]} in the first batch but another one now; "
@@ -247,22 +253,24 @@ class Collector:
     def begin(self, x: torch.Tensor) -> CollectedInput:
         return CollectedInput(x.shape[-1], self.dtype, x.device, self.batch)
 
-    def update(self, name: str, mine: CollectedInput, x: torch.Tensor) -> None:
+    def update(self, name: str, mine: CollectedInput, x: torch.Tensor, tokens: Tokens | None) -> None:
         mine.tensor, mine.version = weakref.ref(x), version_of(x)
         mine.to(x.device)
-        if x.shape[:-1] == self.mask.shape:
-            rows, counted, first = self.rows_of(x), None, self.first.to(x.device)
+        prompts = next(iter(self.streams.values()))
+        if self.sampler.parts and tokens is not prompts:
+            raise ValueError(
+                f"layer {name} reads other tokens than the prompts', or the rows of some, as an expert does: of which "
+                "kinds they are is not known; leave it out of target_modules, or leave kind_weights out"
+            )
+        if tokens is not None:
+            rows, counted, first = tokens.rows(x), None, tokens.starts.to(x.device)
             if self.sink:
-                counted = self.counted.to(x.device)
-            if len(self.sampler.new):
-                mine.new_rows.append(Sample(self.sampler.new_keys, rows.index_select(0, self.sampler.new.to(x.device))))
-            self.hold(mine, x)
+                counted = tokens.later.to(x.device)
+            new = self.sampler.new
+            if len(new) and tokens is prompts:
+                mine.new_rows.append(Sample(self.sampler.new_keys, rows.index_select(0, new.to(x.device))))
+            self.hold(mine, x, tokens)
         else:
-            if self.sampler.parts:
-                raise ValueError(
-                    f"layer {name} reads the rows of some tokens, as an expert does, and of which kinds they are is "
-                    "not known: leave it out of target_modules, or leave kind_weights out"
-                )
             real, is_first = self.routing.tokens(name, x)
             rows, counted, first = x, real & ~is_first if self.sink else real, is_first.nonzero().flatten()
         if self.sink:
@@ -272,11 +280,12 @@ class Collector:
         for part, weight in self.sampler.parts:
             mine.accumulator.update(rows, part.to(x.device), weight)
 
-    def hold(self, mine: CollectedInput, x: torch.Tensor) -> None:
+    def hold(self, mine: CollectedInput, x: torch.Tensor, tokens: Tokens | None) -> None:
         """Counts prompts that can be held out, where the input keeps them."""
-        if mine.held is not None and self.sampler.held is not None and x.shape[:-1] == self.mask.shape:
-            for part, weight in self.sampler.parts or [(self.sampler.held, 1.0)]:
-                mine.held.update(self.rows_of(x), (part & self.sampler.held).to(x.device), weight)
+        held = None if tokens is None else self.sampler.held.get(id(tokens))
+        if tokens is not None and mine.held is not None and held is not None:
+            for part, weight in self.sampler.parts or [(held, 1.0)]:
+                mine.held.update(tokens.rows(x), (part & held).to(x.device), weight)
 
     def end_batch(self) -> None:
         """Looks for non-finite values, one device synchronisation for all layers, and keeps distinct sinks."""

@@ -10,20 +10,24 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from guardspace_kernels.guard.batches import Batch, checked_mask, evaluating, forward_batch
-from guardspace_kernels.guard.collecting.collector import CollectedInput, Collector, version_of
+from guardspace_kernels.guard.batches import Batch, evaluating, forward_batch, needs_decoder_ids
+from guardspace_kernels.guard.collecting.collector import CollectedInput, Collector
+from guardspace_kernels.guard.collecting.trial import Trial
 from guardspace_kernels.guard.fingerprint import tensor_fingerprint
 from guardspace_kernels.guard.layers import linear_weight
 from guardspace_kernels.guard.passes import LayerInput, Replay, blocks_of, output_of
 from guardspace_kernels.guard.routing import Routing, grouped_as_siblings
 from guardspace_kernels.guard.sampling import Marks
+from guardspace_kernels.guard.tokens import DECODER, PROMPTS, Tokens, tokens_of, version_of
 
 
 class Scout(Collector):
     """Sees in one forward which layers read which tensor, and between which blocks; accumulates nothing."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], blocks: Sequence[nn.Module], routing: Routing) -> None:
-        super().__init__(layers, layers, torch.float32, False, routing)
+    def __init__(
+        self, layers: Mapping[str, nn.Module], blocks: Sequence[nn.Module], routing: Routing, stream: Mapping[str, str]
+    ) -> None:
+        super().__init__(layers, layers, torch.float32, False, routing, stream)
         self.blocks = blocks
         self.begun: list[int] = []
         self.results: list[torch.Tensor | None] = []
@@ -31,7 +35,7 @@ class Scout(Collector):
         self.read: dict[str, str] = {}  # fingerprints, by the layers of the second half of the blocks
 
     @contextmanager
-    def counting(self, mask: torch.Tensor, marks: Marks | None = None) -> Iterator[None]:
+    def counting(self, streams: Mapping[str, Tokens], marks: Marks | None = None) -> Iterator[None]:
         handles = []
         for i, block in enumerate(self.blocks):
             handles.append(block.register_forward_pre_hook(lambda _module, _args, i=i: self.begun.append(i)))
@@ -39,24 +43,24 @@ class Scout(Collector):
                 block.register_forward_hook(lambda _module, _args, result: self.results.append(output_of(result)))
             )
         try:
-            with super().counting(mask, marks):
+            with super().counting(streams, marks):
                 yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def see(self, name: str, x: torch.Tensor) -> None:
+    def see(self, name: str, x: torch.Tensor, tokens: Tokens | None) -> None:
         self.after.setdefault(name, len(self.results))
         if not x.is_meta and self.blocks and len(self.results) >= len(self.blocks) // 2:
             self.read[name] = tensor_fingerprint(x)
-        super().see(name, x)
+        super().see(name, x, tokens)
 
     def begin(self, x: torch.Tensor) -> CollectedInput:
         return CollectedInput(0, self.dtype, x.device, self.batch)
 
-    def update(self, name: str, mine: CollectedInput, x: torch.Tensor) -> None:
+    def update(self, name: str, mine: CollectedInput, x: torch.Tensor, tokens: Tokens | None) -> None:
         mine.tensor, mine.version = weakref.ref(x), version_of(x)
-        if x.shape[:-1] != self.mask.shape and not x.is_meta:
+        if tokens is None and not x.is_meta:
             self.routing.look(name, x)
 
     def layer_inputs(self) -> list[LayerInput]:
@@ -81,17 +85,19 @@ def distinct_inputs(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[L
 
     TypeError if that one's forward does not run there, as where a router's choice of experts needs values.
     """
-    scout = Scout(layers, blocks_of(model, list(layers)), Routing(model))
+    scout = Scout(layers, blocks_of(model, list(layers)), Routing(model), {})
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads as the forward goes
     device = torch.device("cpu") if offloaded else next(model.parameters()).device
+    sizes = {PROMPTS: 4, DECODER: 3} if needs_decoder_ids(model) else {PROMPTS: 4}
+    streams = tokens_of({key: torch.ones(1, size).long() for key, size in sizes.items()}, 0)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        stack.enter_context(scout.counting(torch.ones(1, 4, dtype=torch.bool)))
+        stack.enter_context(scout.counting(streams))
         if device.type == "meta":  # a forward may look at values, of masks for instance, that only fake tensors have
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        # Other tokens than the first, for other experts.
         try:
-            forward_batch(model, {"input_ids": torch.arange(4, device=device)[None]})
+            # Other tokens than the first, for other experts.
+            forward_batch(model, {key: torch.arange(size, device=device)[None] for key, size in sizes.items()})
         except RuntimeError as error:
             if device.type != "meta":
                 raise
@@ -102,17 +108,15 @@ def distinct_inputs(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[L
     return scout.layer_inputs()
 
 
-def scouted(
-    model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch, routing: Routing
-) -> tuple[list[LayerInput], Replay | None, int, bool]:
+def scouted(trial: Trial, batch: Batch) -> tuple[list[LayerInput], Replay | None, int, bool]:
     """(distinct inputs, replay, bytes of a block's output per token, whether a forward may be left early)."""
-    blocks = blocks_of(model, list(layers))
-    mask = checked_mask(batch, 0)
-    scout = Scout(layers, blocks, routing)
+    model, layers, routing = trial.model, trial.layers, trial.routing
+    blocks, streams = blocks_of(model, list(layers)), tokens_of(batch, 0)
+    scout = Scout(layers, blocks, routing, trial.stream)
     replay = Replay(blocks)
     replay.begin(0, len(blocks) // 2)
-    with replay.run(0), scout.counting(mask):
-        forward_batch(model, batch)
+    with scout.counting(streams), replay.run(0):
+        trial.forward(batch, 0)
     once = scout.once(model)
     in_order = len(blocks) > 1 and scout.begun == list(range(len(blocks)))
     results = [result for result in scout.results if result is not None]
@@ -121,10 +125,14 @@ def scouted(
     # What the second half of the blocks reads may depend on the first half through its output only. In between the
     # model sees the prompts reversed, so that whatever else the first half leaves behind is wrong.
     if "input_ids" in batch:
-        forward_batch(model, {**batch, "input_ids": batch["input_ids"].flip(1)})
+        trial.forward({**batch, "input_ids": batch["input_ids"].flip(1)}, 0)
     replay.begin(len(blocks) // 2, len(blocks) // 2)
-    again = Scout(layers, blocks, routing)
-    with replay.run(0), again.counting(mask):
-        forward_batch(model, batch)
-    per_token = results[0].nbytes // mask.numel()
-    return scout.layer_inputs(), Replay(blocks) if again.read == scout.read else None, per_token, once
+    again = Scout(layers, blocks, routing, trial.stream)
+    try:
+        with again.counting(streams), replay.run(0):
+            trial.forward(batch, 0)
+        same = again.read == scout.read
+    except Exception:  # what the first half hands to the second otherwise, such as keys and values, may be missing
+        same = False
+    per_token = results[0].nbytes // next(iter(streams.values())).mask.numel()
+    return scout.layer_inputs(), Replay(blocks) if same else None, per_token, once
