@@ -23,7 +23,7 @@ from guardspace_kernels.guard.batches import (
 from guardspace_kernels.guard.collecting.trial import Trial
 from guardspace_kernels.guard.drift import DriftExceededError, DriftReport, HeldOut, LayerDrift
 from guardspace_kernels.guard.fingerprint import ROUNDED, ModelFingerprint
-from guardspace_kernels.guard.layers import adapted_base, is_conv1d, linear_weight, named_submodules, peft_model
+from guardspace_kernels.guard.layers import adapted_base, is_conv1d, named_submodules, parameter_values, peft_model
 from guardspace_kernels.guard.lockstep import Lockstep
 from guardspace_kernels.guard.null_space import is_finite
 from guardspace_kernels.guard.plan import GuardPlan
@@ -128,8 +128,12 @@ def _peft_layer(name: str, module: Any) -> AdaptedLayer:
     if module.lora_B[active[0]].bias is not None:
         raise ValueError(f"layer {name}: its adapter has a bias (lora_bias), which moves every output; train without")
     A, B = module.lora_A[active[0]].weight.detach(), module.lora_B[active[0]].weight.detach()
+    if A.is_meta or B.is_meta:
+        raise ValueError(f"layer {name}: its adapter is on the meta device, without values; load it first")
     F, G = module.scaling[active[0]] * B.float(), A.float()
-    return AdaptedLayer(module, linear_weight(base).detach(), F, G, A.dtype, None, is_conv1d(base))
+    weight = parameter_values(base, "weight", base.weight).detach()
+    transposed = is_conv1d(base)
+    return AdaptedLayer(module, weight.T if transposed else weight, F, G, A.dtype, None, transposed)
 
 
 def _squared_drift(F: torch.Tensor, G: torch.Tensor, covariance: torch.Tensor) -> float:

@@ -26,6 +26,7 @@ from guard.guard_helpers import (
 from oracle import DTYPES, assert_as_exact_as_plain, dense_projector, error, orthonormal
 
 import guardspace_kernels as gk
+from guardspace_kernels.guard.fingerprint import TensorMark
 from guardspace_kernels.guard.null_space import null_space
 from guardspace_kernels.guard.safety_subspace import DampedCovariance, trailing_subspace
 from guardspace_kernels.ops import covariance_update_, null_project_, projected_lora, squared_drift, symmetrize_
@@ -485,6 +486,14 @@ def train(guarded, device, steps=6, autocast=False, **options):
         optimizer.step()
         optimizer.zero_grad()
     return guarded.eval()
+
+
+@EACH_DTYPE
+def test_marks_of_values_are_those_of_the_cpu(device, dtype):
+    t = torch.randn(300, 7000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    t[0, :3] = torch.tensor([0.0, 1e30, 1e-30])  # infinite and zero in float16
+    for held in (t, t.bfloat16().to(dtype), t[:, :5].T):
+        assert TensorMark.of(held.to(device)) == TensorMark.of(held)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

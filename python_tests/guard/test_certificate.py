@@ -605,6 +605,13 @@ def test_a_layer_that_overflows_exceeds_any_bound():
         gk.certify(guarded, stats, max_drift=1e9)
 
 
+def test_an_adapter_without_values_is_refused():
+    stats = collect(tiny_llama())
+    plain = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"])).to("meta")
+    with pytest.raises(ValueError, match=r"q_proj: its adapter is on the meta device, without values; load it first"):
+        gk.certify(plain, stats)
+
+
 def test_a_token_that_the_base_model_excludes_adds_nothing_to_the_divergence():
     model = tiny_llama()
     stats = collect(model)

@@ -1,6 +1,7 @@
 """What plain PEFT makes of a folder is what is certified, whatever was done to the folder."""
 
 import copy
+import dataclasses
 import json
 import shutil
 
@@ -175,6 +176,80 @@ def test_what_cannot_be_judged_is_refused_by_name(base, stats, plan, folder, cha
         rewrite(folder, change)
     with pytest.raises(ValueError, match=match):
         certified(base, folder, stats, plan=plan, max_drift=1e9)
+
+
+# Values of every field of a LoRA's configuration that a folder may be given without any other change.
+VALUES = {
+    "alora_invocation_tokens": [[3, 7]],
+    "alpha_pattern": [{"q_proj": 60}],
+    "arrow_config": [{}],
+    "auto_mapping": [{"base_model_class": "X", "parent_library": "os"}],
+    "base_model_name_or_path": ["x/y"],
+    "bias": ["all", "lora_only"],
+    "corda_config": [{}],
+    "ensure_weight_tying": [True],
+    "eva_config": [{}],
+    "exclude_modules": [["q_proj"], ".*q_proj"],
+    "fan_in_fan_out": [True],
+    "inference_mode": [False],
+    "init_lora_weights": ["pissa", "olora", "gaussian", "eva", "corda", "loftq", "orthogonal", "kasa", False],
+    "kasa_config": [{}],
+    "layer_replication": [[[0, 2], [0, 2]]],
+    "layers_pattern": ["layers"],
+    "layers_to_transform": [[0], 0],
+    "loftq_config": [{"loftq_bits": 4}],
+    "lora_alpha": [1, 6000],
+    "lora_bias": [True],
+    "lora_dropout": [0.5],
+    "lora_ga_config": [{}],
+    "megatron_config": [{}],
+    "megatron_core": ["x"],
+    "modules_to_save": [["lm_head"], ["norm"]],
+    "monteclora_config": [{}],
+    "peft_type": ["LOHA"],
+    "peft_version": ["0.1"],
+    "qalora_group_size": [4],
+    "r": [7],
+    "rank_pattern": [{"q_proj": 6}, {"q_proj": 2}],
+    "revision": ["abc"],
+    "runtime_config": [{"ephemeral_gpu_offload": True}],
+    "target_modules": ["all-linear", ["q_proj"], ".*"],
+    "target_parameters": [["mlp.gate_proj.weight"]],
+    "task_type": ["SEQ_CLS", None, "FEATURE_EXTRACTION"],
+    "trainable_token_indices": [[1, 2]],
+    "use_bdlora": [{}],
+    "use_dora": [True],
+    "use_qalora": [True],
+    "use_rslora": [True],
+    "velora_config": [{}],
+}
+
+
+@torch.no_grad()
+def logits(base, folder):
+    return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()(torch.tensor([PROMPTS[0]])).logits
+
+
+@pytest.fixture(scope="module")
+def judged(base, stats, saved):
+    return certified(base, saved, stats).layers, logits(base, saved)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(peft.LoraConfig)])
+def test_no_field_changes_the_model_and_not_the_certificate(base, stats, folder, judged, field):
+    settings = json.loads((folder / CONFIG).read_text())
+    for value in VALUES[field]:  # a field that PEFT has added is to be thought about
+        configure(folder, **{**settings, field: value})
+        try:
+            report = certified(base, folder, stats)
+        except (ValueError, RuntimeError):
+            continue  # refused
+        if report.layers == judged[0] and not report.failure():
+            assert torch.equal(logits(base, folder), judged[1]), value
+        else:
+            truth = true_drift(base, folder, stats)
+            assert [row.drift for row in report.layers] == pytest.approx(list(truth.values()), rel=1e-4), value
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "new_embeddings.safetensors"])
