@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from guardspace_kernels.guard.layers import find_layers, is_conv1d
 from guardspace_kernels.guard.plan import GuardPlan
+from guardspace_kernels.nn.projected_lora_linear import has_hooks
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,6 @@ def _plain_forwards(module: nn.Module) -> tuple[Any, ...]:
     from transformers.pytorch_utils import Conv1D
 
     return (Conv1D.forward,)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something runs before, after or instead of the module's own forward or backward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def computes_weight(module: nn.Module) -> bool:

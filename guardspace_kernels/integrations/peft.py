@@ -338,8 +338,9 @@ def attach_guard(
         model: the base model of the plan, or a copy of it; its linear layers are wrapped in place, as PEFT does. Out of
             ``torch.compile`` or DistributedDataParallel it is taken: wrap what is returned.
         plan: of :func:`plan_guard`.
-        residual: "virtual" never touches W (``y = W x + [sB | −sB₀]([A P; A₀P] x)``); "frozen" writes W_res into it
-            and saves the extra rank, but rounds W to its dtype.
+        residual: "virtual" never touches W (``y = W x + [sB | −sB₀]([A P; A₀P] x)``) and calls a base layer that has
+            hooks or a forward of its own; "frozen" writes W_res into W, rounded to its dtype, and saves the extra rank.
+            It keeps a copy of W in host memory, which ``unload`` puts back.
         adapter_name: PEFT's name of the adapter.
         modules_to_save: names of modules that are trained whole and saved beside the adapter, as in PEFT: a head,
             norms. The plan protects nothing of what they do. A classification model's head is one without being named.
@@ -351,7 +352,8 @@ def attach_guard(
 
     Raises:
         TypeError: the model has adapters already, or is sharded. ValueError: the plan is of another model, ``residual``
-            is unknown, or ``modules_to_save`` includes a guarded layer.
+            is unknown, or "frozen" for a weight that is shared, offloaded or read by hooks, or ``modules_to_save``
+            includes a guarded layer. Whatever it raises, the model is as it was.
 
     Source: GuardSpace (arXiv 2510.14301).
     """

@@ -10,12 +10,12 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from guardspace_kernels.guard.attach import LayerGuard, compute_device, computes_weight, has_hooks
+from guardspace_kernels.guard.attach import LayerGuard, compute_device, computes_weight
 from guardspace_kernels.guard.certificate import LEAK_TOLERANCE
 from guardspace_kernels.guard.fingerprint import TensorMark
 from guardspace_kernels.guard.layers import is_conv1d, linear_weight, parameter_values
 from guardspace_kernels.nn import NullSpaceProjector
-from guardspace_kernels.nn.projected_lora_linear import delta_factors, merged_weight
+from guardspace_kernels.nn.projected_lora_linear import delta_factors, has_hooks, merged_weight
 from guardspace_kernels.ops import projected_lora
 from guardspace_kernels.ops._library import full_float32_products
 

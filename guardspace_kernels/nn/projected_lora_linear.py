@@ -68,6 +68,17 @@ def merged_weight(weight: torch.Tensor, F: torch.Tensor, G: torch.Tensor) -> tor
     return merged
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs before, after or instead of the module's own forward or backward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 class ProjectedLoraLinear(nn.Module):
     """``y = x Wᵀ + b + s·drop(x) (A P)ᵀ Bᵀ − s·x (A₀P)ᵀ B₀ᵀ`` with frozen W and b and trainable A and B.
 
@@ -144,6 +155,11 @@ class ProjectedLoraLinear(nn.Module):
             TypeError, ValueError: an argument of another type or shape.
         """
         instance("linear", linear, nn.Linear, "a torch.nn.Linear")
+        if type(linear).forward is not nn.Linear.forward or has_hooks(linear) or "weight" not in linear._parameters:
+            raise TypeError(
+                f"linear must be a plain torch.nn.Linear, whose place is taken: {type(linear).__name__} has a forward, "
+                "hooks or a parametrisation of its own, which would be lost; take them off"
+            )
         instance("basis", basis, torch.Tensor, "a tensor (d_in, k)")
         rank = integer("rank", rank)
         if alpha is not None:

@@ -94,6 +94,45 @@ def test_merge_and_the_delta_ignore_reduced_precision(setting, matmul_precision)
         assert torch.equal(layer.merge().weight, expected)
 
 
+def test_merge_of_a_float64_layer_keeps_its_precision():
+    base = linear()
+    layer = trained(ProjectedLoraLinear.from_linear(base, R, orthonormal(D_IN, K)))
+    F, G = layer.delta_factors()
+    assert F.dtype == torch.float32
+    assert error(layer.merge().weight, base.weight + F.double() @ G.double()) < 1e-15
+
+
+@pytest.mark.parametrize("value, dtype", [(torch.nan, torch.float64), (1e6, torch.float16)], ids=["NaN", "overflow"])
+def test_merge_that_is_not_finite_is_refused(value, dtype):
+    layer = build(linear(dtype), dtype=torch.float32)
+    with torch.no_grad():
+        layer.lora_B.fill_(value)
+    with pytest.raises(ValueError, match=rf"merged weight is not finite in {dtype}"):
+        layer.merge()
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["subclass", "hook", "pre-hook", "forward", "parametrisation"])
+def test_layers_that_are_more_than_their_weight_are_not_replaced(kind):
+    base = Doubled(D_IN, D_OUT, dtype=torch.float64) if kind == "subclass" else linear()
+    if kind == "hook":
+        base.register_forward_hook(lambda _m, _a, y: 2 * y)
+    elif kind == "pre-hook":
+        base.register_forward_pre_hook(lambda _m, args: (2 * args[0],))
+    elif kind == "forward":
+        base.forward = lambda x: 2 * nn.functional.linear(x, base.weight)
+    elif kind == "parametrisation":
+        nn.utils.parametrize.register_parametrization(base, "weight", nn.Identity())
+    with pytest.raises(TypeError, match=r"linear must be a plain torch\.nn\.Linear, .*which would be lost"):
+        build(base)
+    with pytest.raises(TypeError, match="linear must be a plain"):
+        FusedProjectedLoraLinear.from_linears([linear(), base], R, orthonormal(D_IN, K))
+
+
 def test_delta_factors_are_not_rounded_to_half_precision():
     layer = trained(build(linear(torch.bfloat16), dtype=torch.float32)).to(torch.bfloat16)
     F, G = layer.delta_factors()
