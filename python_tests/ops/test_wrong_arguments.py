@@ -116,23 +116,24 @@ def strided(t):
     return wide[..., ::2].copy_(t)
 
 
-def check_strides():
-    call = lora_backward()
-    expected = OPS.projected_lora_backward(*call.values())
+def check_strides(op, call):
+    expected = op(*call.values())
     for name, value in call.items():
         if isinstance(value, torch.Tensor) and value.dim():
-            actual = OPS.projected_lora_backward(*{**call, name: strided(value)}.values())
+            actual = op(*{**call, name: strided(value)}.values())
             for a, b in zip(actual, expected, strict=True):
                 assert (a - b).abs().max() <= 1e-5 * b.abs().max(), name
 
 
-def test_backward_reads_tensors_of_any_strides():
-    check_strides()
+def test_tensors_of_any_strides_are_read():
+    check_strides(OPS.projected_lora_forward, lora())
+    check_strides(OPS.projected_lora_backward, lora_backward())
 
 
 @automatic
-def test_backward_on_a_gpu_reads_tensors_of_any_strides(gpu_kernels):  # noqa: F811
-    check_strides()
+def test_tensors_of_any_strides_are_read_on_a_gpu(gpu_kernels):  # noqa: F811
+    check_strides(OPS.projected_lora_forward, lora())
+    check_strides(OPS.projected_lora_backward, lora_backward())
 
 
 @automatic
