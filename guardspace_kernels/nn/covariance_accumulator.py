@@ -68,7 +68,7 @@ class CovarianceAccumulator(nn.Module):
         instance("module", module, nn.Module, "a torch.nn.Module")
         if self._handle is not None:
             raise RuntimeError("this CovarianceAccumulator is attached already; detach() it first")
-        self._handle = module.register_forward_pre_hook(self._hook)
+        self._handle = module.register_forward_pre_hook(self._hook, with_kwargs=True)
 
     def detach(self) -> None:
         """Removes the hook; nothing happens if there is none."""
@@ -94,8 +94,11 @@ class CovarianceAccumulator(nn.Module):
         finally:
             self._mask = previous
 
-    def _hook(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.update(inputs[0], self._mask)
+    def _hook(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x = next(iter((*inputs, *named.values())), None)
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"the first input of {type(module).__name__} must be a tensor, got {type(x).__name__}")
+        self.update(x, self._mask)
 
     def extra_repr(self) -> str:
         return f"features={self.lower.shape[0]}, dtype={self.lower.dtype}, attached={self._handle is not None}"

@@ -31,6 +31,16 @@ def test_every_batch_of_the_attached_layer_counts(dtype):
     assert torch.equal(C, C.T)
 
 
+def test_an_input_by_name_counts_and_one_that_is_no_tensor_is_refused():
+    layer, accumulator, x = nn.Linear(D, 3), CovarianceAccumulator(D), torch.randn(5, D)
+    with accumulator.attached(layer):
+        layer(input=x)
+        for call in (lambda: layer(), lambda: layer(None), lambda: layer([x])):
+            with pytest.raises(TypeError, match=r"first input of Linear must be a tensor, got (NoneType|list)"):
+                call()
+    assert error(accumulator.covariance(), covariance(x)) < 1e-6
+
+
 @pytest.mark.parametrize(
     "x, dtype",
     [
