@@ -125,7 +125,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
         guard = OpenFile(folder / GUARD_FILE, f"a {_KIND} file")
         header = guard.described(_KIND, _HEADER)
         factors = {name: t.read() for name, t in guard.tensors.items()}
-        weights = OpenFile(folder / ADAPTER_WEIGHTS, "the adapter's weights")
+        weights = OpenFile(folder / ADAPTER_WEIGHTS, "a file with the adapter's weights")
         exported = {name: t.read() for name, t in weights.tensors.items()}
         found = {ADAPTER_WEIGHTS: weights.sha256(), ADAPTER_CONFIG: _sha256(folder / ADAPTER_CONFIG)}
     noted: dict[str, Any] = header.get("files", {})

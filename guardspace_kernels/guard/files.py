@@ -110,7 +110,8 @@ class OpenFile:
         tensors: by name, in memory only when they are read. metadata: the texts in its header.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is not a safetensors file, or its header was altered.
+        FileNotFoundError, IsADirectoryError: there is no such file. ValueError: it is not a safetensors file, or its
+            header was altered.
     """
 
     def __init__(self, path: str | os.PathLike[str], expected: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import threading
 import warnings
 
@@ -157,7 +158,7 @@ def test_an_altered_file_is_named(plans, tmp_path, name):
     )
     (tmp_path / name).unlink()
     if name == ADAPTER_WEIGHTS:
-        assert "adapter_model.safetensors does not exist (the adapter's weights was expected)" in loaded(
+        assert "adapter_model.safetensors does not exist (a file with the adapter's weights was expected)" in loaded(
             plans[2], tmp_path
         )
 
@@ -199,6 +200,15 @@ def test_the_same_configuration_has_the_same_bytes(plans, tmp_path):
     for seed in (1, 2):
         trained(plans[2], seed).save_pretrained(tmp_path / str(seed))
     assert (tmp_path / "1" / ADAPTER_CONFIG).read_bytes() == (tmp_path / "2" / ADAPTER_CONFIG).read_bytes()
+
+
+def test_all_files_have_the_mode_of_any_new_file(plans, tmp_path):
+    before = os.umask(0o027)
+    try:
+        trained(plans[2], 1).save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o640}
 
 
 def test_of_several_savers_one_whole_result_wins(plans, tmp_path):

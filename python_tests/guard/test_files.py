@@ -202,6 +202,11 @@ def test_broken_headers_are_refused_by_name(tmp_path, case):
         open_tensors(path, "test")
 
 
+def test_a_folder_in_its_place_is_said(tmp_path):
+    with pytest.raises(IsADirectoryError, match=rf"^{tmp_path} is a folder \(a plan file was expected\)"):
+        open_tensors(tmp_path, "plan")
+
+
 def test_a_header_longer_than_the_file(tmp_path):
     path = tmp_path / "t"
     path.write_bytes((2**60).to_bytes(8, "little") + b"{}")
