@@ -278,8 +278,8 @@ def collect_statistics(
     for one in inputs:
         one.routed = routing.routed(one.layers[0])
     inputs.sort(key=lambda one: order[one.layers[0]] if one.routed else -1)
-    held, kind_tokens = sampler.held_prompts, tuple(sampler.kind_tokens)
-    return CalibrationStatistics(inputs, fingerprint, prompts, held, kind_tokens, weights)
+    held, kind_tokens, distinct = sampler.held_prompts, tuple(sampler.kind_tokens), tuple(sampler.distinct)
+    return CalibrationStatistics(inputs, fingerprint, prompts, held, kind_tokens, weights, distinct)
 
 
 def _of_no_token(layers: list[str], features: int, dtype: torch.dtype) -> InputStatistics:

@@ -130,7 +130,9 @@ def estimate_preparation(
             shape: alone.submit(_solve_seconds, max(shape), partial(_trailing, shape, rank, device), device).result()
             for shape in set(shapes.values())
         }
-    solves = sum(null[one.features] for one in inputs) + sum(trailing[shape] for shape in shapes.values())
+    solves = sum((1 + one.held) * null[one.features] for one in inputs) + sum(
+        trailing[shape] for shape in shapes.values()
+    )
     largest = sorted(
         (solve_bytes(one.features, max(shapes[n][0] for n in one.layers) * one.features) for one in inputs),
         reverse=True,

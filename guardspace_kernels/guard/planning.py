@@ -29,15 +29,13 @@ from guardspace_kernels.guard.null_space import EmptyNullSpaceError, NullSpace, 
 from guardspace_kernels.guard.passes import parse_bytes, release_memory
 from guardspace_kernels.guard.plan import GuardConfig, GuardPlan, LayerPlan
 from guardspace_kernels.guard.safety_subspace import DampedCovariance, starting_factors, trailing_subspace
+from guardspace_kernels.guard.sampling import FEWEST_PROMPTS
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 from guardspace_kernels.ops import null_project_
 from guardspace_kernels.ops._library import full_float32_products
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-
-# A plan from fewer prompts is refused: what it protects is theirs alone.
-FEWEST_PROMPTS = 16
 
 
 @dataclass
@@ -111,10 +109,12 @@ def _coverage(entry: InputStatistics, space: NullSpace, carried: tuple[float, fl
 
 
 def _check_enough(stats: CalibrationStatistics, allowed: bool) -> None:
-    if stats.prompts < FEWEST_PROMPTS and not allowed:
+    different = min(stats.prompts, len(stats.distinct)) if stats.distinct else stats.prompts
+    if different < FEWEST_PROMPTS and not allowed:
+        alike = f", of which {different} differ" if different < stats.prompts else ""
         raise ValueError(
-            f"the statistics are of {stats.prompts} prompts, fewer than {FEWEST_PROMPTS}: what they protect carries "
-            "little to other prompts; collect statistics on more, or pass allow_few_prompts=True"
+            f"the statistics are of {stats.prompts} prompts{alike}, fewer than {FEWEST_PROMPTS}: what they protect "
+            "carries little to other prompts; collect statistics on more, or pass allow_few_prompts=True"
         )
 
 

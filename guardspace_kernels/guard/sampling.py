@@ -7,7 +7,7 @@ they are batched or divided among processes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,6 +27,9 @@ SAMPLED = 32  # rows of each kind
 _HELD = 4  # one prompt in so many is held out
 _PROBES = 8  # inputs at which it is, but one of 16 at most: each takes a covariance more
 _HASH_BITS = 60
+
+# A plan from fewer prompts is refused: what it protects is theirs alone.
+FEWEST_PROMPTS = 16
 
 
 @dataclass(eq=False)
@@ -126,9 +129,9 @@ class Sampler:
 
     Attributes:
         probes: the layers at whose inputs prompts can be held out. keys: of the sample of all rows so far.
-        held_prompts, kind_tokens: see :class:`guardspace_kernels.guard.statistics.CalibrationStatistics`.
+        held_prompts, kind_tokens, distinct: see :class:`guardspace_kernels.guard.statistics.CalibrationStatistics`.
         new: of the real tokens of the batch's prompts, in the mask's order: indices of those that join the samples.
-        held: by the id of a stream of tokens, a mask of its real ones to hold out, where there are any.
+        held: by the id of a stream of tokens, indices of its real ones to hold out, where there are any.
         parts: masks of the prompts' tokens that count, with their weights; empty where all count alike.
     """
 
@@ -137,6 +140,7 @@ class Sampler:
         self.keys = torch.empty(0, dtype=torch.int64)
         self.held_prompts = 0
         self.kind_tokens = [0] * len(KINDS)
+        self.distinct: list[int] = []
         self.new = self.new_keys = self.keys
         self.held: dict[int, torch.Tensor] = {}
         self.parts: list[tuple[torch.Tensor, float]] = []
@@ -157,8 +161,11 @@ class Sampler:
         if rows.any():
             for tokens in streams.values():
                 held = rows.expand(tokens.mask.shape)[tokens.mask.cpu()]
-                self.held[id(tokens)] = held & tokens.later.cpu() if sink else held
-        self.held_prompts += int((prompts.first.cpu() & rows).sum())
+                self.held[id(tokens)] = (held & tokens.later.cpu() if sink else held).nonzero().flatten()
+        first = prompts.first.cpu()
+        self.held_prompts += int((first & rows).sum())
+        # Less bits, which JSON holds exactly; a first token may be of other kinds in other batches.
+        self.distinct = fewest(self.distinct, ((marks.keys[first] & (2**_HASH_BITS - 1)) >> 8).tolist())
         if any(weight != 1.0 for weight in self.weights):
             given = torch.tensor(self.weights, dtype=torch.float64)[kinds]
             self.parts = [(counted & (given == w), w) for w in sorted(set(self.weights)) if w > 0]
@@ -168,6 +175,11 @@ class Sampler:
     def end(self) -> None:
         self.new = self.new_keys = self.keys[:0]
         self.held, self.parts = {}, []
+
+
+def fewest(a: Iterable[int], b: Iterable[int]) -> list[int]:
+    """Of hashes of different prompts in either as many, the smallest, as tell whether there are enough."""
+    return sorted({*a, *b})[:FEWEST_PROMPTS]
 
 
 class Template:

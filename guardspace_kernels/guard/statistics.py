@@ -16,7 +16,7 @@ from guardspace_kernels.arguments import instance
 from guardspace_kernels.guard import forms
 from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tensors
 from guardspace_kernels.guard.fingerprint import ModelFingerprint, fingerprint_form
-from guardspace_kernels.guard.sampling import EQUAL, KINDS, Sample
+from guardspace_kernels.guard.sampling import EQUAL, FEWEST_PROMPTS, KINDS, Sample, fewest
 from guardspace_kernels.guard.stored_inputs import checked_inputs
 from guardspace_kernels.ops import symmetrize_
 
@@ -31,6 +31,7 @@ _HEADER = forms.fields(
         "held_prompts": forms.count,
         "kind_tokens": forms.exactly(*3 * [forms.count]),
         "kind_weights": forms.exactly(*3 * [forms.number]),
+        "distinct": forms.several(forms.count, at_most=FEWEST_PROMPTS),
     },
 )
 
@@ -148,6 +149,7 @@ class CalibrationStatistics:
         prompts: how many were counted. held_prompts: how many of them can be held out.
         kind_tokens: how many tokens, the first ones apart, are of each kind: template, request, answer.
         kind_weights: with which they are counted.
+        distinct: hashes of different prompts among them, 16 if there are as many; none in statistics that do not tell.
     """
 
     inputs: list[InputStatistics]
@@ -156,6 +158,7 @@ class CalibrationStatistics:
     held_prompts: int = 0
     kind_tokens: tuple[int, ...] = (0, 0, 0)
     kind_weights: tuple[float, ...] = EQUAL
+    distinct: tuple[int, ...] = ()
 
     @property
     def weighting(self) -> str:
@@ -195,7 +198,9 @@ class CalibrationStatistics:
         merged = [a.merge(b) for a, b in zip(self.inputs, other.inputs, strict=True)]
         kinds = tuple(a + b for a, b in zip(self.kind_tokens, other.kind_tokens, strict=True))
         prompts, held = self.prompts + other.prompts, self.held_prompts + other.held_prompts
-        return CalibrationStatistics(merged, self.fingerprint, prompts, held, kinds, self.kind_weights)
+        return CalibrationStatistics(
+            merged, self.fingerprint, prompts, held, kinds, self.kind_weights, _distinct(self.distinct, other.distinct)
+        )
 
     def all_reduce(self, group: Any = None) -> CalibrationStatistics:
         """The statistics of all processes of a ``torch.distributed`` group together, the same on each of them.
@@ -206,10 +211,10 @@ class CalibrationStatistics:
         import torch.distributed as dist
 
         covered = [self.kind_weights, *((entry.layers, str(entry.sinks.dtype)) for entry in self.inputs)]
-        mine = (self.fingerprint.model, covered, [(e.sinks, e.sample, e.held is not None) for e in self.inputs])
+        parts = [(e.sinks, e.sample, e.held is not None) for e in self.inputs]
         gathered: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, mine, group)
-        for rank, (*what, _) in enumerate(gathered):
+        dist.all_gather_object(gathered, (self.fingerprint.model, covered, self.distinct, parts), group)
+        for rank, (*what, _, _) in enumerate(gathered):
             if what != list(gathered[0][:2]):
                 raise ValueError(f"the statistics of ranks 0 and {rank} are of other models, layers, weights or dtypes")
         # NCCL reduces tensors on GPUs only.
@@ -243,7 +248,9 @@ class CalibrationStatistics:
                     held_tokens if held else 0,
                 )
             )
-        return CalibrationStatistics(reduced, self.fingerprint, prompts, held_prompts, tuple(kinds), self.kind_weights)
+        distinct = functools.reduce(_distinct, (told for *_, told, _ in gathered))
+        counts = prompts, held_prompts, tuple(kinds)
+        return CalibrationStatistics(reduced, self.fingerprint, *counts, self.kind_weights, distinct)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically: of every covariance its lower triangle."""
@@ -258,6 +265,7 @@ class CalibrationStatistics:
             "held_prompts": self.held_prompts,
             "kind_tokens": self.kind_tokens,
             "kind_weights": self.kind_weights,
+            "distinct": self.distinct,
             "inputs": inputs,
             "fingerprint": self.fingerprint.to_header(),
         }
@@ -277,8 +285,10 @@ class CalibrationStatistics:
         tensors = checked_inputs(path, tensors, header["inputs"], header["fingerprint"]["layers"])
         inputs = [InputStatistics.of(tensors, str(i), **entry) for i, entry in enumerate(header["inputs"])]
         counts = header.get("held_prompts", 0), tuple(header.get("kind_tokens", (0, 0, 0)))
-        weights = tuple(header.get("kind_weights", EQUAL))
-        return cls(inputs, ModelFingerprint.from_header(header["fingerprint"]), header["prompts"], *counts, weights)
+        weights, distinct = tuple(header.get("kind_weights", EQUAL)), tuple(header.get("distinct", ()))
+        return cls(
+            inputs, ModelFingerprint.from_header(header["fingerprint"]), header["prompts"], *counts, weights, distinct
+        )
 
     def __repr__(self) -> str:
         tokens = max((entry.tokens for entry in self.inputs), default=0)
@@ -290,6 +300,11 @@ class CalibrationStatistics:
 
 def _read(t: torch.Tensor | StoredTensor) -> torch.Tensor:
     return t.read() if isinstance(t, StoredTensor) else t
+
+
+def _distinct(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    """Of both; unknown where one is."""
+    return tuple(fewest(a, b)) if a and b else ()
 
 
 def packed(C: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """How far protection carries: held-out prompts, kinds of tokens, few tokens that hold the energy, too few prompts."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -27,6 +28,10 @@ class Embedded(nn.Module):
 
     def forward(self, inputs_embeds, attention_mask=None):
         return self.layer(inputs_embeds)
+
+
+def merged(a, b):
+    return a.merge(b)
 
 
 def prompts_of(x):
@@ -129,6 +134,24 @@ def test_one_prompt_is_refused_and_says_why_and_what_to_do():
     assert plan_for(model, enough, protect=0.99).layers
     plan = gk.plan_guard(model, collect(model, [batch_of(MANY)]), gk.GuardConfig(rank=3), progress=False)
     assert str(plan).startswith("protection carries to held-out prompts: ")
+
+
+def test_copies_of_prompts_are_no_more_prompts(tmp_path):
+    model, config = tiny_llama(), gk.GuardConfig(rank=3, protect=0.5)
+    copies = [batch_of(MANY[i : i + 5], side) for i in (0, 5, 10) for side in ("left", "right", "left")]
+    stats = collect(model, copies, checkpoint=tmp_path / "c")
+    stats.save(tmp_path / "s")
+    resumed = collect(model, copies, checkpoint=tmp_path / "c")
+    parts = [collect(model, [batch]) for batch in copies]
+    for given in (stats, gk.CalibrationStatistics.load(tmp_path / "s"), resumed, functools.reduce(merged, parts)):
+        assert given.prompts == 45 and len(given.distinct) == 15
+        with pytest.raises(ValueError, match="of 45 prompts, of which 15 differ, fewer than 16: "):
+            gk.plan_guard(model, given, config, progress=False)
+    stats = stats.merge(collect(model, [batch_of(MANY)]))
+    assert stats.distinct == collect(model, [batch_of(MANY)]).distinct and len(stats.distinct) == 16
+    assert gk.plan_guard(model, stats, config, progress=False).layers
+    stats.distinct = ()  # of an earlier version
+    assert gk.plan_guard(model, stats, config, progress=False).layers
 
 
 def test_statistics_without_samples_say_that_it_cannot_be_told(tmp_path):

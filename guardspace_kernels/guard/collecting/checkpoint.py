@@ -14,7 +14,7 @@ from guardspace_kernels.guard.collecting.collector import CollectedInput, Collec
 from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tensors
 from guardspace_kernels.guard.fingerprint import ModelFingerprint, fingerprint_form, tensor_fingerprint
 from guardspace_kernels.guard.layers import linear_weight
-from guardspace_kernels.guard.sampling import kept
+from guardspace_kernels.guard.sampling import FEWEST_PROMPTS, kept
 from guardspace_kernels.guard.statistics import InputStatistics
 from guardspace_kernels.guard.stored_inputs import checked_inputs
 
@@ -27,6 +27,7 @@ _HEADER = forms.fields(
         "prompts": forms.count,
         "held_prompts": forms.count,
         "kind_tokens": forms.exactly(*3 * [forms.count]),
+        "distinct": forms.several(forms.count, at_most=FEWEST_PROMPTS),
         "options": forms.named(lambda value, _: value),  # compared with the call's
         "fingerprint": fingerprint_form,
     }
@@ -114,6 +115,7 @@ class Checkpoint:
             "prompts": self.prompts,
             "held_prompts": sampler.held_prompts,
             "kind_tokens": sampler.kind_tokens,
+            "distinct": sampler.distinct,
             "options": self.options,
             "fingerprint": self.fingerprint.to_header(),
         }
@@ -152,6 +154,7 @@ class Checkpoint:
             self.collector.input_of.update(dict.fromkeys(names, one))
         sampler.keys = sampler.keys[kept(sampler.keys)]
         sampler.held_prompts, sampler.kind_tokens = header["held_prompts"], header["kind_tokens"]
+        sampler.distinct = header["distinct"]
         containers, flat = header["routed"]
         self.collector.routing.containers.update(containers)
         self.collector.routing.flat.update(flat)

@@ -284,8 +284,11 @@ class Collector:
         """Counts prompts that can be held out, where the input keeps them."""
         held = None if tokens is None else self.sampler.held.get(id(tokens))
         if tokens is not None and mine.held is not None and held is not None:
-            for part, weight in self.sampler.parts or [(held, 1.0)]:
-                mine.held.update(tokens.rows(x), (part & held).to(x.device), weight)
+            rows = tokens.rows(x).index_select(0, held.to(x.device))
+            if not self.sampler.parts:
+                mine.held.update(rows)
+            for part, weight in self.sampler.parts:
+                mine.held.update(rows, part[held].to(x.device), weight)
 
     def end_batch(self) -> None:
         """Looks for non-finite values, one device synchronisation for all layers, and keeps distinct sinks."""
