@@ -112,7 +112,7 @@ def use_backend(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _own.set(own)
+        _own.set(tuple(one for one in _own.get() if one is not choice))  # generators may end in another order
         with _changing:
             _open.remove(choice)
 

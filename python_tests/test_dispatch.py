@@ -243,6 +243,21 @@ def test_another_choice_of_another_thread_is_refused_and_changes_nothing():
     assert dispatch.requested_backend() is None
 
 
+def test_generators_that_end_in_another_order_leave_nothing_behind():
+    def generator(name):
+        with gk.use_backend(name):
+            yield
+
+    first, second = generator("cpu"), generator("reference")
+    next(first), next(second)
+    first.close()
+    assert dispatch.requested_backend() == "reference"
+    with gk.use_backend("cuda"):
+        assert dispatch.requested_backend() == "cuda"
+    second.close()
+    assert dispatch.requested_backend() is None
+
+
 def test_tasks_of_one_thread_are_told_apart_and_nest_in_what_they_were_started_in():
     async def task(name, entered, leave, seen):
         with gk.use_backend(name):
