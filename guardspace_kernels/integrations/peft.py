@@ -229,7 +229,7 @@ class GuardedModelMixin(CheckedState):
 
     @property
     def peft_config(self) -> Any:
-        return super().peft_config  # type: ignore[misc]
+        return self.base_model.peft_config  # type: ignore[attr-defined]  # super() would break a compiled graph
 
     @peft_config.setter
     def peft_config(self, value: Any) -> None:

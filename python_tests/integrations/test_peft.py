@@ -358,6 +358,19 @@ def test_compiles_without_graph_break(tiny, kind, mode):
     assert not close(tiny.logits(model, kind), expected, 1e-3)
 
 
+def test_the_whole_model_compiles_without_graph_break(tiny):
+    model = tiny.guarded().train()
+    eager = gradients(model, tiny)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimizer = gk.GuardedAdamW(model)
+    assert all(close(g, eager[n.removeprefix("_orig_mod.")], 1e-5) for n, g in gradients(compiled, tiny).items())
+    optimizer.step()
+    assert close(compiled(**tiny.batch()).loss, model(**tiny.batch()).loss, 1e-5)
+    optimizer.remove_guard()
+    assert close(compiled(**tiny.batch()).loss, model(**tiny.batch()).loss, 1e-5)
+
+
 def test_compiles_with_dropout(tiny):
     model = tiny.guarded("plain", dropout=0.5).train()
     eager = gradients(model, tiny, "plain")
