@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from guardspace_kernels.guard.exclusive import exclusively
 from guardspace_kernels.guard.layers import base_model
 
 Batch = Mapping[str, torch.Tensor]
@@ -191,15 +192,22 @@ def forward_batch(model: nn.Module, batch: Batch, logits: int | None = 1, positi
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients within the context; every module is left in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    """Eval mode, no gradients and no compiled code, which would pass hooks by, within the context; every module is left
+    as it was. RuntimeError if another thread is within it for this model."""
+    with exclusively(model):
+        training = [module for module in model.modules() if module.training]
+        compiled = [(module, call) for module in model.modules() if (call := module._compiled_call_impl) is not None]
+        model.eval()
+        try:
+            for module, _ in compiled:
+                module._compiled_call_impl = None
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+            for module, call in compiled:
+                module._compiled_call_impl = call
 
 
 def to_device(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -27,6 +28,7 @@ from guardspace_kernels.guard.collecting.checkpoint import Checkpoint
 from guardspace_kernels.guard.collecting.collector import Collector, EnoughError
 from guardspace_kernels.guard.collecting.scout import scouted
 from guardspace_kernels.guard.collecting.trial import Trial, listed
+from guardspace_kernels.guard.exclusive import Unchanged
 from guardspace_kernels.guard.files import StoredTensor
 from guardspace_kernels.guard.fingerprint import ModelFingerprint
 from guardspace_kernels.guard.layers import find_layers, linear_weight, unwrapped
@@ -90,6 +92,17 @@ def _planned(
     inputs, replay, per_token, once = scouted(trial, first)
     plan = plan_passes(inputs, dtype, budget, per_token * tokens if replay else None)
     return plan, replay if plan.replay else None, once
+
+
+def _warn_if_slow(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    slow = [name for name in layers if model.get_submodule(name).weight.dtype == torch.bfloat16]
+    on_cpu = bool(slow) and model.get_submodule(slow[0]).weight.device.type == "cpu"
+    if on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        warnings.warn(
+            f"layer {slow[0]} is bfloat16, which this CPU has no instructions for: expect some 40 times the time of "
+            "float32. Collect from model.float(): a plan made so is one for the bfloat16 model as well",
+            stacklevel=3,
+        )
 
 
 def _mask(batch: Batch, index: int) -> torch.Tensor:
@@ -187,6 +200,8 @@ def collect_statistics(
     layers = find_layers(model, target_modules)
     if max_memory is not None or lockstep.sharded:
         batches = _check_all(model, batches, answer_tokens, lockstep)
+    _warn_if_slow(model, layers)
+    unchanged = Unchanged(model)
     fingerprint = ModelFingerprint.of(model, list(layers))
     options = {"answer_tokens": answer_tokens, "separate_sink": separate_sink, "dtype": str(dtype)}
     if separate_prefix or weights != EQUAL:
@@ -250,6 +265,8 @@ def collect_statistics(
                         collector.waiting = {*names, _OUTPUT} if replay and replay.keeps else set(names)
                         running.enter_context(suppress(EnoughError))
                     trial.forward(batch, index)
+                with lockstep.step():
+                    unchanged.check()
                 trial.confirm(batch, index, collector.late)
                 once = once or (not several and collector.once(model))
                 with lockstep.step():

@@ -101,7 +101,7 @@ def null_space(
     if not is_finite(covariance):
         raise ValueError("the covariance holds non-finite values")
     if covariance.diagonal().sum() <= 0:
-        raise ValueError("the covariance is zero: no token was counted")
+        raise ValueError("the covariance is zero: no token was counted, or none with an input but zero")
     largest, limits = float(covariance.diagonal().max()), torch.finfo(covariance.dtype)
     if largest < limits.tiny / limits.eps:
         raise ValueError(

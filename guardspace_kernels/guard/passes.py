@@ -199,7 +199,8 @@ class Replay:
             if self.keeps:
 
                 def keep(_module: nn.Module, _args: Any, result: Any) -> None:
-                    self._kept[batch] = _copied(result)
+                    if output_of(result) is not None:  # other results are not replayed
+                        self._kept[batch] = _copied(result)
                     kept()
 
                 handle = self.blocks[self.next - 1].register_forward_hook(keep)

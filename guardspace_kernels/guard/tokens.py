@@ -7,14 +7,11 @@ from collections.abc import Mapping
 import torch
 
 from guardspace_kernels.guard.batches import Batch, checked_mask, first_tokens
+from guardspace_kernels.guard.exclusive import version_of
 
 PROMPTS, DECODER = "input_ids", "decoder_input_ids"
 #: Entries that tell a model where packed prompts begin.
 PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-
-
-def version_of(x: torch.Tensor) -> int:
-    return 0 if x.is_inference() else x._version
 
 
 class Tokens:

@@ -478,3 +478,15 @@ def test_the_solver_is_told_how_many_tokens_there_were(monkeypatch):
     plan_for(model, stats)
     (held,) = (entry.tokens - entry.held_tokens for entry in stats.inputs if entry.held_tokens)
     assert sorted(told) == sorted([held, *(entry.tokens for entry in stats.inputs)]) and held > 0
+
+
+def test_an_input_of_zeros_is_named_as_such():
+    model = PlainModel()
+    with torch.no_grad():
+        model.embed.weight.zero_()
+    stats = collect(model, target_modules=["q"])
+    assert stats.for_layer("q").tokens == sum(map(len, PROMPTS)) - len(PROMPTS)
+    with pytest.raises(
+        ValueError, match=r"layer q: its input is zero at all \d+ tokens; leave it out of target_modules"
+    ):
+        plan_for(model, stats)

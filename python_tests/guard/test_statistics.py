@@ -301,6 +301,28 @@ def test_answers_end_with_their_first_end_of_sequence_token(as_list):
     check_equal(stats, hand_made(model, whole, stats.layers), 1e-10)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3, "early_stopping": True},
+        {"do_sample": True, "temperature": 5.0, "top_k": 3},
+        {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"min_new_tokens": 5, "forced_eos_token_id": 7, "suppress_tokens": [11]},
+        {"max_length": 3, "num_return_sequences": 1, "stop_strings": ["a"]},
+        {"num_return_sequences": 2, "num_beams": 2},
+    ],
+    ids=str,
+)
+def test_answers_are_greedy_whatever_the_generation_settings(settings):
+    plain = collect(tiny_llama(), answer_tokens=5)
+    model = tiny_llama()
+    model.generation_config.update(**settings)
+    before = model.generation_config
+    same_statistics(collect(model, answer_tokens=5), plain, 1e-7)
+    assert model.generation_config is before and all(getattr(before, k) == v for k, v in settings.items())
+
+
 def test_answers_need_a_model_that_generates_and_plain_batches():
     with pytest.raises(TypeError, match=r"answer_tokens needs a model with \.generate\(\), got PlainModel"):
         collect(PlainModel(), answer_tokens=2)

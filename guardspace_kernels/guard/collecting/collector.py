@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from guardspace_kernels.guard.exclusive import version_of
 from guardspace_kernels.guard.files import StoredTensor
 from guardspace_kernels.guard.layers import is_conv1d, is_sharded
 from guardspace_kernels.guard.routing import Routing
 from guardspace_kernels.guard.sampling import EQUAL, Marks, Sample, Sampler, kept, probed
 from guardspace_kernels.guard.statistics import InputStatistics, distinct, packed
-from guardspace_kernels.guard.tokens import Tokens, misfit, version_of
+from guardspace_kernels.guard.tokens import Tokens, misfit
 from guardspace_kernels.nn import CovarianceAccumulator
 
 
@@ -259,8 +260,8 @@ class Collector:
         prompts = next(iter(self.streams.values()))
         if self.sampler.parts and tokens is not prompts:
             raise ValueError(
-                f"layer {name} reads other tokens than the prompts', or the rows of some, as an expert does: of which "
-                "kinds they are is not known; leave it out of target_modules, or leave kind_weights out"
+                f"layer {name} reads other tokens than the prompts', or rows of some, as an expert does, and of which "
+                "kinds they are is not known: leave it out of target_modules, or leave kind_weights out"
             )
         if tokens is not None:
             rows, counted, first = tokens.rows(x), None, tokens.starts.to(x.device)

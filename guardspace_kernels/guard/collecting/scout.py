@@ -13,12 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from guardspace_kernels.guard.batches import Batch, evaluating, forward_batch, needs_decoder_ids
 from guardspace_kernels.guard.collecting.collector import CollectedInput, Collector
 from guardspace_kernels.guard.collecting.trial import Trial
+from guardspace_kernels.guard.exclusive import version_of
 from guardspace_kernels.guard.fingerprint import tensor_fingerprint
 from guardspace_kernels.guard.layers import linear_weight
 from guardspace_kernels.guard.passes import LayerInput, Replay, blocks_of, output_of
 from guardspace_kernels.guard.routing import Routing, grouped_as_siblings
 from guardspace_kernels.guard.sampling import Marks
-from guardspace_kernels.guard.tokens import DECODER, PROMPTS, Tokens, tokens_of, version_of
+from guardspace_kernels.guard.tokens import DECODER, PROMPTS, Tokens, tokens_of
 
 
 class Scout(Collector):
