@@ -125,6 +125,19 @@ def _add_collect(commands: Any) -> None:
     collect.add_argument(
         "--checkpoint-every", type=int, default=10, metavar="N", help="batches between two of them (default: 10)"
     )
+    collect.add_argument(
+        "--kind-weights",
+        nargs="+",
+        metavar="KIND=WEIGHT",
+        help="with which template, request and answer tokens count, e.g. template=0.1 (default: 1)",
+    )
+    collect.add_argument(
+        "--separate-prefix",
+        type=int,
+        default=0,
+        metavar="N",
+        help="protect up to N tokens that all requests begin with by a direction each, as the first one (default: 0)",
+    )
     _add_prompts(collect)
     collect.add_argument(
         "--dry-run", action="store_true", help="print time, memory and disk estimates, load no weights"

@@ -26,6 +26,7 @@ from guardspace_kernels.guard.passes import parse_bytes
 from guardspace_kernels.guard.plan import GuardConfig, GuardPlan
 from guardspace_kernels.guard.planning import plan_guard
 from guardspace_kernels.guard.prompt_files import PROMPT_FILES, read_prompts
+from guardspace_kernels.guard.sampling import checked_weights
 from guardspace_kernels.guard.statistics import CalibrationStatistics
 from guardspace_kernels.integrations.chat import prompt_batches
 
@@ -35,7 +36,9 @@ _CERTIFIED_ANSWER = 12  # tokens, as certify has it by default
 def collect(options: argparse.Namespace) -> int:
     integer("--answer-tokens", options.answer_tokens, 0)
     integer("--checkpoint-every", options.checkpoint_every, 1)
+    integer("--separate-prefix", options.separate_prefix, 0)
     parse_bytes("--max-memory", options.max_memory)
+    weights = _kind_weights(options.kind_weights)
     _check_outputs(options, ("prompts", "model"), ("out", "checkpoint"))
     device = _device(options)
     batches = _batches(options, options.prompts, options.answer_tokens)
@@ -46,6 +49,8 @@ def collect(options: argparse.Namespace) -> int:
         batches,
         options.target_modules or "all-linear",
         answer_tokens=options.answer_tokens,
+        separate_prefix=options.separate_prefix,
+        kind_weights=weights,
         checkpoint=options.checkpoint,
         checkpoint_every=options.checkpoint_every,
         max_memory=options.max_memory,
@@ -54,6 +59,18 @@ def collect(options: argparse.Namespace) -> int:
         stats.save(options.out)
     print(f"{options.out}: {stats!r}")
     return 0
+
+
+def _kind_weights(given: list[str] | None) -> dict[str, float]:
+    weights = {}
+    for text in given or []:
+        kind, _, weight = text.partition("=")
+        try:
+            weights[kind] = float(weight)
+        except ValueError as error:
+            raise ValueError(f"--kind-weights must be such as template=0.1, got {text!r}") from error
+    checked_weights(weights)
+    return weights
 
 
 def inspect(options: argparse.Namespace) -> int:

@@ -70,6 +70,21 @@ def test_collect_goes_through_the_chat_template_and_plan_uses_it(folder, stats, 
     assert "14 layers, rank 3, scale 2" in capsys.readouterr().out
 
 
+def test_collect_weighs_kinds_of_tokens_and_keeps_the_template_apart(folder, stats, tmp_path, capsys):
+    out = str(tmp_path / "s")
+    options = ["--kind-weights", "template=0.5", "answer=2", "--separate-prefix", "9", "--answer-tokens", "2"]
+    assert run(folder, "collect", "model", "prompts.txt", "--out", out, *options) == 0
+    loaded = gk.CalibrationStatistics.load(out)
+    assert loaded.kind_weights == (0.5, 1.0, 2.0)
+    assert loaded.inputs[0].sink_tokens == stats.inputs[0].sink_tokens  # they begin with one token alike
+    for wrong, words in (
+        (["--kind-weights", "template"], "--kind-weights must be such as template=0.1, got 'template'"),
+        (["--kind-weights", "system=1"], "kind_weights must be a mapping of template, request, answer"),
+        (["--separate-prefix", "-1"], "--separate-prefix must be 0 or more, got -1"),
+    ):
+        assert words in refused(folder, capsys, "collect", "model", "prompts.txt", "--out", out, *wrong)
+
+
 def test_raw_prompts_a_budget_and_a_checkpoint(folder, tmp_path, capsys):
     out, state = str(tmp_path / "s"), str(tmp_path / "c")
     options = ["--out", out, "--raw", "--batch-size", "2", "--answer-tokens", "0", "--max-memory", "30kB"]
