@@ -178,15 +178,20 @@ def table(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor |
             return _captured(rows, device)
         while len(_SPARE) < _SPARES:
             _SPARE.append(torch.empty(GROUP * _WIDEST, dtype=torch.int64).pin_memory())
-        sent = _kept(rows, device, lambda host: host.pin_memory().to(device, non_blocking=True))
-        sent.record_stream(torch.cuda.current_stream(device))
+        stream = torch.cuda.current_stream(device)
+        sent = _kept(rows, device, lambda host: host.pin_memory().to(device, non_blocking=True), stream)
+        sent.record_stream(stream)
         return sent
 
 
 def _kept(
-    rows: Sequence[Sequence[int]], device: torch.device, send: Callable[[torch.Tensor], torch.Tensor]
+    rows: Sequence[Sequence[int]],
+    device: torch.device,
+    send: Callable[[torch.Tensor], torch.Tensor],
+    stream: torch.cuda.Stream | None = None,
 ) -> torch.Tensor:
-    key = (device, *map(tuple, rows))
+    # Another stream, such as another thread's, would not wait for the copy, and read addresses that are not there yet.
+    key = (device, stream, *map(tuple, rows))
     found = _TABLES.pop(key, None)
     _TABLES[key] = found = send(torch.tensor(rows, dtype=torch.int64)) if found is None else found
     if len(_TABLES) > _MOST_TABLES:
@@ -195,7 +200,9 @@ def _kept(
 
 
 def _captured(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor | None:
-    found = _TABLES.get((device, *map(tuple, rows)))
+    wanted = tuple(map(tuple, rows))
+    # Whatever stream it was sent on: the device is synchronised when a capture begins.
+    found = next((sent for key, sent in _TABLES.items() if key[0] == device and key[2:] == wanted), None)
     if found is not None:
         _CAPTURED.append(found)
         return found

@@ -101,9 +101,9 @@ def test_the_least_recently_used_table_goes_first(launched, monkeypatch):
 
 def test_a_captured_graph_sends_new_tables_from_memory_that_stays(launched, monkeypatch):
     launch, _ = launched
-    capturing, pinned = [False], []
+    capturing, pinned, stream = [False], [], ["first"]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: stream[0])
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t)
     monkeypatch.setattr(torch.Tensor, "to", lambda t, *_, **__: t)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
@@ -119,14 +119,18 @@ def test_a_captured_graph_sends_new_tables_from_memory_that_stays(launched, monk
     capturing[0] = False
     sent = launch.table([[1, 2]], device)
     assert sent.tolist() == [[1, 2]] and launch._CAPTURED == []
-    capturing[0] = True
+    stream[0] = "second"
+    other = launch.table([[1, 2]], device)
+    assert other is not sent and other.tolist() == [[1, 2]]  # it would not wait for what the first stream sent
+    assert launch.table([[1, 2]], device) is other
+    capturing[0], stream[0] = True, "third"
     assert launch.table([[1, 2]], device) is sent
     new = launch.table([[3, 4]], device)
     assert new.tolist() == [[3, 4]]
     kept, host = launch._CAPTURED
     assert kept is sent and host.tolist() == [[3, 4]] and host.data_ptr() in {t.data_ptr() for t in pinned}
     assert launch.table([[5, 6]], device) is None  # no more is left
-    assert len(launch._TABLES) == 1  # the graph's own memory is for its replays
+    assert len(launch._TABLES) == 2  # the graph's own memory is for its replays
 
 
 def test_a_grouped_kernel_is_not_compiled_for_the_sizes_of_the_first_item(launched, monkeypatch):
