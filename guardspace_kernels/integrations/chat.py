@@ -11,6 +11,10 @@ from guardspace_kernels.arguments import boolean, instance, integer, shown
 from guardspace_kernels.guard.batches import Batch
 from guardspace_kernels.guard.prompt_files import Prompt, checked_prompt, texts_of
 
+_ASKING = ("system", "developer", "user")  # roles whose messages a template must write as they are
+# What a template that takes texts alone makes of parts.
+_PART_AS_CODE = ("{'type':'text'", '{"type":"text"')
+
 
 def prompt_batches(
     tokenizer: Any, prompts: Sequence[Prompt], batch_size: int = 8, *, chat: bool = True, max_tokens: int | None = None
@@ -78,12 +82,10 @@ def _padded(rows: Sequence[list[int]], pad: int) -> Batch:
 def _rendered(tokenizer: Any, prompt: Prompt, where: str) -> str:
     """What the template makes of a prompt; ValueError if a request is not in it."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    in_parts = [
-        {**m, "content": [{"type": "text", "text": text} for text in texts_of(m, where)]} for m in messages
-    ]  # fmt: skip
-    wanted = [text for m in messages if m["role"] in ("system", "user") for text in texts_of(m, where)]
+    texts = [texts_of(m, where) for m in messages]
+    wanted = [_squeezed(one) for m, said in zip(messages, texts, strict=True) if m["role"] in _ASKING for one in said]
     failures: list[Exception | None] = []
-    for form in (messages, in_parts):
+    for form in _forms(messages, texts):
         try:
             text = tokenizer.apply_chat_template(
                 form, tokenize=False, add_generation_prompt=messages[-1]["role"] != "assistant"
@@ -91,7 +93,9 @@ def _rendered(tokenizer: Any, prompt: Prompt, where: str) -> str:
         except Exception as error:  # a template is a program of its own, and may raise anything
             failures.append(error)
             continue
-        if all(_squeezed(one) in _squeezed(text) for one in wanted):
+        squeezed = _squeezed(text)
+        as_code = any(squeezed.count(part) > sum(one.count(part) for one in wanted) for part in _PART_AS_CODE)
+        if all(one in squeezed for one in wanted) and not as_code:
             return str(text)
         failures.append(None)
     if failures[0] is not None:
@@ -103,6 +107,16 @@ def _rendered(tokenizer: Any, prompt: Prompt, where: str) -> str:
         f"{where}: the tokenizer's chat template leaves a message out of its text, so that the model would not read "
         "the request; set a template that writes it, or give prompts as they are (--raw)"
     )
+
+
+def _forms(messages: list[dict[str, Any]], texts: list[list[str]]) -> list[list[dict[str, Any]]]:
+    """The messages as they are; with texts for parts, where each has one; and with parts for texts."""
+    forms = [messages]
+    if all(len(said) == 1 for said in texts):
+        forms.append([{**m, "content": said[0]} for m, said in zip(messages, texts, strict=True)])
+    in_parts = [[{"type": "text", "text": one} for one in said] for said in texts]
+    forms.append([{**m, "content": parts} for m, parts in zip(messages, in_parts, strict=True)])
+    return forms
 
 
 def _squeezed(text: str) -> str:

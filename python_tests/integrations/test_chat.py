@@ -18,6 +18,8 @@ VISION = (
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + PLAIN
 NO_SYSTEM_AT_ALL = "{% for m in messages if m.role == 'user' %}<user> {{ m.content }} <eos> {% endfor %}"
 SWALLOWS = "<user> <eos>"
+AS_JSON = "{% for m in messages %}<{{ m.role }}> {{ m.content | tojson }} <eos> {% endfor %}"
+SEVERAL = [{"role": "user", "content": [{"type": "text", "text": "w5"}, {"type": "text", "text": "w6"}]}]
 TALK = [{"role": "system", "content": "w1 w2"}, {"role": "user", "content": "w3"}]
 
 
@@ -53,6 +55,12 @@ def test_requests_arrive_whether_the_template_wants_text_or_parts(template, answ
     ]
 
 
+@pytest.mark.parametrize("template", [PLAIN, PARTS, VISION], ids=["text", "parts", "vision"])
+def test_conversations_in_parts_are_never_written_as_code(template):
+    talk = [{"role": "user", "content": [{"type": "text", "text": "w5 w6"}]}]
+    assert text_of(prompt_batches(tokenizer(template), [talk]))[0].startswith("<user> w5 w6 <eos>")
+
+
 def test_batches_are_padded_on_the_left_with_the_tokenizers_own_token():
     [batch] = prompt_batches(tokenizer(PLAIN, eos_token="<eos>"), ["w5", "w5 w6 w7"])
     assert batch["input_ids"][0, :2].tolist() == [1, 1] and batch["input_ids"].dtype == torch.int64
@@ -80,6 +88,8 @@ def test_raw_prompts_get_the_tokenizers_special_tokens_and_no_template():
         ("{{ messages[3].content }}", ["w5"], {}, "prompt 1: the .* template raises UndefinedError"),
         ("{% for m in", ["w5"], {}, "prompt 1: the .* template raises TemplateSyntaxError"),
         (None, ["w5"], {}, "the tokenizer has no chat template"),
+        (PLAIN, [SEVERAL], {}, "prompt 1: the tokenizer's chat template leaves a message out"),
+        (AS_JSON, [SEVERAL], {}, "prompt 1: the tokenizer's chat template leaves a message out"),
         (PLAIN, ["w5", "w5 w6"], {"max_tokens": 4}, "prompt 2 has 5 tokens, above max_tokens = 4; shorten it"),
         (PLAIN, [TALK], {"chat": False}, "prompt 1 is a conversation, which only a chat template makes"),
         (PLAIN, ["w5", " "], {}, "prompt 2: expected a text that is not empty"),
