@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from guardspace_kernels.arguments import instance, integer, iterable, number
+from guardspace_kernels.guard.adapted import LEAK_TOLERANCE, AdaptedLayer, adapted_layers
 from guardspace_kernels.guard.batches import (
     Batch,
     check_ids,
@@ -23,117 +24,16 @@ from guardspace_kernels.guard.batches import (
 from guardspace_kernels.guard.collecting.trial import Trial
 from guardspace_kernels.guard.drift import DriftExceededError, DriftReport, HeldOut, LayerDrift
 from guardspace_kernels.guard.fingerprint import ROUNDED, ModelFingerprint
-from guardspace_kernels.guard.layers import adapted_base, is_conv1d, named_submodules, parameter_values, peft_model
+from guardspace_kernels.guard.layers import peft_model
 from guardspace_kernels.guard.lockstep import Lockstep
 from guardspace_kernels.guard.null_space import is_finite
 from guardspace_kernels.guard.plan import GuardPlan
 from guardspace_kernels.guard.routing import Routing
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 from guardspace_kernels.guard.tokens import tokens_of
-from guardspace_kernels.nn import NullSpaceProjector, ProjectedLoraLinear
+from guardspace_kernels.nn import NullSpaceProjector
 from guardspace_kernels.ops import squared_drift
 from guardspace_kernels.ops._library import full_float32_products
-
-#: What rounding A P to its dtype leaves outside the null space, ‖A − A P‖ / ‖A‖, with a wide margin.
-LEAK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-
-
-@dataclass(frozen=True)
-class AdaptedLayer:
-    """A linear layer with a low-rank change: ``ΔW = F G`` against ``weight`` W (d_out, d_in)."""
-
-    module: nn.Module
-    weight: torch.Tensor
-    F: torch.Tensor
-    G: torch.Tensor
-    dtype: torch.dtype
-    projector: NullSpaceProjector | None
-    fan_in_fan_out: bool
-
-    def leak(self, F: torch.Tensor, G: torch.Tensor) -> float:
-        """``‖F G (I − P)‖_F / ‖F G‖_F`` of this layer's factors as they were rounded; 0 for a layer without a
-        projector, which promises nothing, and for one that has not moved, where both norms are rounding errors."""
-        if self.projector is None or not self.moved:
-            return 0.0
-        F, G = F.double(), G.double()
-        outside = G - self.projector.project_(G.clone())
-        size = _squared_norm(F, G)
-        return math.sqrt(_squared_norm(F, outside) / size) if size > 0 else 0.0
-
-    @property
-    def moved(self) -> bool:
-        """Whether ΔW is more than what rounding the adapter leaves of ``s·BA − s·B₀A₀`` at its start."""
-        F, G = self.F.double(), self.G.double()
-        summands = float((F.square().sum(dim=0) * G.square().sum(dim=1)).sum())
-        rounding = max(torch.finfo(self.dtype).eps, 1e-6)  # bases are orthonormal to float32, whatever A is in
-        return _squared_norm(F, G) > rounding**2 * summands
-
-
-def _squared_norm(F: torch.Tensor, G: torch.Tensor) -> float:
-    """``‖F G‖_F²``."""
-    return max(float(((F.T @ F @ G) * G).sum()), 0.0)
-
-
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """Name in the base model -> adapted layer, for guarded layers and for plain PEFT LoRA layers.
-
-    Raises:
-        ValueError: several models with adapters, adapters outside of the one or without a guard beside guarded ones, a
-            merged or non-finite adapter, one that is no plain LoRA of a Linear or Conv1D.
-    """
-    found = {}
-    named = dict(named_submodules(adapted_base(model)))
-    inside = set(named.values())
-    outside = [name for name, module in model.named_modules() if _is_adapted(module) and module not in inside]
-    if outside:
-        raise ValueError(f"layer {outside[0]} has an adapter outside of the model that PEFT adapted; give that model")
-    for name, module in named.items():
-        if isinstance(module, ProjectedLoraLinear):
-            F, G = module.delta_factors()
-            weight, dtype, projector = module.weight.detach(), module.lora_A.dtype, module.projector
-            found[name] = AdaptedLayer(module, weight, F, G, dtype, projector, False)
-        elif _is_adapted(module):
-            found[name] = _peft_layer(name, module)
-        if name in found and not all(torch.isfinite(t).all() for t in (found[name].F, found[name].G)):
-            raise ValueError(f"layer {name}: the adapter holds non-finite values; its training diverged")
-    guarded = [name for name, layer in found.items() if hasattr(layer.module, "delta_factors")]
-    if guarded and len(guarded) < len(found):
-        plain = next(name for name in found if name not in guarded)
-        raise ValueError(f"layer {plain}: an adapter without a guard was put into a guarded model; take it out again")
-    return found
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    return isinstance(module, ProjectedLoraLinear) or (hasattr(module, "lora_A") and hasattr(module, "get_base_layer"))
-
-
-def _peft_layer(name: str, module: Any) -> AdaptedLayer:
-    if module.merged:
-        raise ValueError(f"layer {name}: its adapter is merged; certify and export before merging, or unmerge first")
-    base = module.get_base_layer()
-    if hasattr(module, "delta_factors"):
-        F, G = module.delta_factors()
-        return AdaptedLayer(
-            module, module.base_weight(), F, G, module.A.dtype, module.projector, module.fan_in_fan_out
-        )  # fmt: skip
-    if not (isinstance(base, nn.Linear) or is_conv1d(base)):
-        raise ValueError(
-            f"layer {name}: its adapter changes a {type(base).__name__}; only those of Linear and Conv1D can be judged"
-        )
-    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
-    if len(active) != 1:
-        raise ValueError(f"layer {name}: exactly one LoRA adapter must be active, got {active}")
-    if getattr(module, "lora_variant", {}).get(active[0]) is not None:
-        raise ValueError(f"layer {name}: only plain LoRA changes the weight by B A; DoRA and other variants do not")
-    if module.lora_B[active[0]].bias is not None:
-        raise ValueError(f"layer {name}: its adapter has a bias (lora_bias), which moves every output; train without")
-    A, B = module.lora_A[active[0]].weight.detach(), module.lora_B[active[0]].weight.detach()
-    if A.is_meta or B.is_meta:
-        raise ValueError(f"layer {name}: its adapter is on the meta device, without values; load it first")
-    F, G = module.scaling[active[0]] * B.float(), A.float()
-    weight = parameter_values(base, "weight", base.weight).detach()
-    transposed = is_conv1d(base)
-    return AdaptedLayer(module, weight.T if transposed else weight, F, G, A.dtype, None, transposed)
 
 
 def _squared_drift(F: torch.Tensor, G: torch.Tensor, covariance: torch.Tensor) -> float:

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from guardspace_kernels.arguments import instance, shown, writable_folder
+from guardspace_kernels.guard.adapted import adapted_layers
 from guardspace_kernels.guard.adapter_folder import ADAPTER_CONFIG, write_adapter
 from guardspace_kernels.guard.atomic import write_json
 from guardspace_kernels.guard.beside import check_trained, check_unchanged, weights_beside
-from guardspace_kernels.guard.certificate import adapted_layers, check_statistics, checked_covariance, relative_drift
+from guardspace_kernels.guard.certificate import check_statistics, checked_covariance, relative_drift
 from guardspace_kernels.guard.drift import largest
 from guardspace_kernels.guard.layers import adapted_base
 from guardspace_kernels.guard.peft_description import auto_mapping, target_modules, task_type

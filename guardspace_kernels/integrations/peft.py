@@ -25,10 +25,10 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from guardspace_kernels.arguments import choice, instance
+from guardspace_kernels.guard.adapted import LEAK_TOLERANCE
 from guardspace_kernels.guard.adapter_folder import ADAPTER_WEIGHTS, GUARD_FILE, read_adapter, write_adapter
 from guardspace_kernels.guard.attach import LayerGuard, compute_device, layer_guards, undone_on_failure
 from guardspace_kernels.guard.beside import check_trained, note_weights, weights_beside
-from guardspace_kernels.guard.certificate import LEAK_TOLERANCE
 from guardspace_kernels.guard.export import peft_key, plain_lora
 from guardspace_kernels.guard.layers import is_conv1d, named_submodules, sharding, unwrapped
 from guardspace_kernels.guard.peft_description import target_modules, task_type

@@ -10,8 +10,8 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
+from guardspace_kernels.guard.adapted import LEAK_TOLERANCE
 from guardspace_kernels.guard.attach import LayerGuard, compute_device, computes_weight
-from guardspace_kernels.guard.certificate import LEAK_TOLERANCE
 from guardspace_kernels.guard.fingerprint import TensorMark
 from guardspace_kernels.guard.layers import is_conv1d, linear_weight, parameter_values
 from guardspace_kernels.nn import NullSpaceProjector

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from guardspace_kernels.guard.certificate import LEAK_TOLERANCE
+from guardspace_kernels.guard.adapted import LEAK_TOLERANCE
 from guardspace_kernels.integrations.peft_layer import GuardedLinear
 
 _EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
