@@ -1,8 +1,9 @@
 """GuardSpace as a library: fine-tune an aligned language model without losing its refusals.
 
 Five verbs: :func:`collect_statistics`, :func:`plan_guard`, :func:`attach_guard`, :func:`certify`,
-:func:`export_lora`. The ops below them are in :mod:`guardspace_kernels.ops`, drop-in modules in
-:mod:`guardspace_kernels.nn`. Importing the package needs torch alone; everything else is imported where it is used.
+:func:`export_lora`; :func:`read_prompts` and :func:`prompt_batches` make batches of a file of prompts. The ops below
+them are in :mod:`guardspace_kernels.ops`, drop-in modules in :mod:`guardspace_kernels.nn`. Importing the package needs
+torch alone; everything else is imported where it is used.
 """
 
 from __future__ import annotations

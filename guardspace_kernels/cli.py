@@ -224,12 +224,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"guardspace {options.command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            print(f"guardspace {options.command}: {error}; try a smaller --batch-size or --max-memory", file=sys.stderr)
+            return 2
         if isinstance(error, OSError) or _refused(error):
             text = error.args[0] if isinstance(error, KeyError) else error
             print(f"guardspace {options.command}: {text}", file=sys.stderr)
-            return 2
-        if type(error).__name__ == "OutOfMemoryError":
-            print(f"guardspace {options.command}: {error}; try a smaller --batch-size or --max-memory", file=sys.stderr)
             return 2
         traceback.print_exc()
         print(_HINT.format(options.command), file=sys.stderr)

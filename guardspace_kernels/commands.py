@@ -30,6 +30,7 @@ from guardspace_kernels.guard.sampling import checked_weights
 from guardspace_kernels.guard.statistics import CalibrationStatistics
 from guardspace_kernels.integrations.chat import prompt_batches
 
+_LONGEST = 300  # of what another library says; Transformers lists every class that it knows
 _CERTIFIED_ANSWER = 12  # tokens, as certify has it by default
 
 
@@ -208,8 +209,9 @@ def _told(what: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    lines = str(error).strip().splitlines() or ["no message"]
+    text = f"{type(error).__name__}: {lines[0]}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _batches(options: argparse.Namespace, path: str, answer_tokens: int) -> list[Batch]:

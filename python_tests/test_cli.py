@@ -245,6 +245,10 @@ def _impossible(_options):
     raise AssertionError("cannot be")
 
 
+def _no_memory(_options):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def _interrupted(_options):
     raise KeyboardInterrupt
 
@@ -257,6 +261,7 @@ def _interrupted(_options):
         (_foreign, 3, "ValueError: invalid literal for int() with base 10: 'no number'"),
         (_no_key, 3, "KeyError: 'lost'"),
         (_impossible, 3, "AssertionError: cannot be"),
+        (_no_memory, 2, "guardspace plan: CUDA out of memory; try a smaller --batch-size or --max-memory"),
         (_interrupted, 130, "guardspace plan: interrupted"),
     ],
 )

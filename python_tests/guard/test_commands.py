@@ -350,6 +350,17 @@ def test_models_that_are_not_whole_are_refused(folder, tmp_path, capsys):
     assert f"model: {broken}: its configuration cannot be loaded: " in refused(folder, capsys, *arguments)
 
 
+def test_a_model_of_another_kind_is_told_in_one_line(folder, tmp_path, capsys):
+    from transformers import ViTConfig
+
+    other = copied(folder, "model", tmp_path)
+    ViTConfig().save_pretrained(other)
+    arguments = ["collect", str(other), "prompts.txt", "--out", str(tmp_path / "s")]
+    for extra, words in (([], "its weights cannot be loaded"), (["--dry-run"], "is not one that Transformers makes")):
+        line = refused(folder, capsys, *arguments, *extra)
+        assert words in line and "Unrecognized configuration class" in line and len(line) < 600
+
+
 @pytest.mark.parametrize("command", ["collect", "plan", "certify", "export"])
 def test_a_full_disk_is_told_in_one_line(folder, stats, adapter, command, tmp_path, capsys):
     resource = pytest.importorskip("resource")
