@@ -174,10 +174,16 @@ def _add_notes(
         raise ValueError("no adapted layer read a calibration token, so that nothing can be told; collect on others")
     if blank:
         report.notes.append(f"{blank} layers read none of the calibration tokens: their drift says nothing")
-    rounded = [what.removeprefix(ROUNDED) for what in changes.values() if what.startswith(ROUNDED)]
+    since_plan = "" if plan is None else _rounded_to(plan.model.differences(stats.fingerprint))
+    if since_plan:
+        report.notes.append(
+            f"the statistics are of the base model rounded to {since_plan}, the plan is of the one before: it protects "
+            "that one's inputs"
+        )
+    rounded = {name: what for name, what in changes.items() if what.startswith(ROUNDED)}
     if rounded:
         report.notes.append(
-            f"{len(rounded)} base weights were rounded to {' and '.join(sorted(set(rounded)))} after the statistics "
+            f"{len(rounded)} base weights were rounded to {_rounded_to(rounded)} after the statistics "
             "were collected: drift is what the adapter does to the rounded model, at inputs of the one before; what "
             "rounding itself does is not in it, nor in numbers on held-out prompts"
         )
@@ -204,9 +210,16 @@ def check_statistics(
                 "collect them again"
             )
     plan = _plan_for(model, plan)
-    if plan is not None:
-        plan.model.check(stats.fingerprint.restricted(layers), "the statistics")
+    if plan is not None and not _rounded_to(plan.model.differences(mine := stats.fingerprint.restricted(layers))):
+        plan.model.check(mine, "the statistics")
     return found
+
+
+def _rounded_to(differences: dict[str, str]) -> str:
+    """The dtypes that weights were rounded to, where nothing else differs; else empty."""
+    if not all(what.startswith(ROUNDED) for what in differences.values()):
+        return ""
+    return " and ".join(sorted({what.removeprefix(ROUNDED) for what in differences.values()}))
 
 
 def _base_differences(

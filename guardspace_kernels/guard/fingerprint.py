@@ -218,8 +218,14 @@ class ModelFingerprint:
             if version == 1 and not weight.is_parameter:
                 continue
             if id(weight.tensor) not in known:
-                # No name for the values: the next ones would be gathered while it still held these.
-                known[id(weight.tensor)] = mark_of(weight.values(model))
+                try:
+                    # No name for the values: the next ones would be gathered while it still held these.
+                    known[id(weight.tensor)] = mark_of(weight.values(model))
+                except (AssertionError, NotImplementedError) as error:  # of tensors that are not what they seem
+                    raise TypeError(
+                        f"weight {weight.name} is a {type(weight.tensor).__name__}, whose values cannot be read; load "
+                        "the model without quantisation"
+                    ) from error
             marks[weight.name] = known[id(weight.tensor)]
         hashes = marks if version == 1 else {name: mark.value for name, mark in marks.items()}
         of_layers = {name: hashes[f"{name}.weight"] for name in layers}

@@ -522,6 +522,25 @@ def test_a_guarded_model_that_was_cast_is_certified(dtype, init):
     assert gk.certify(guarded, stats).changed == {"lm_head.weight": "changed"}
 
 
+def test_statistics_of_the_rounded_base_are_taken_for_a_model_that_was_cast():
+    model = tiny_llama()
+    rounded = collect(copy.deepcopy(model).bfloat16())
+    plan = plan_for(model)
+    guarded = perturb(gk.attach_guard(model, plan))
+    with pytest.raises(ValueError, match="q_proj: its base weight is not the one the statistics were collected on"):
+        gk.certify(guarded, rounded)
+    report = gk.certify(guarded.bfloat16(), rounded, heldout=[batch_of(HELD_OUT)], answer_tokens=2, max_drift=10.0)
+    assert report.changed == {} and report.notes == [
+        "the statistics are of the base model rounded to bfloat16, the plan is of the one before: it protects that "
+        "one's inputs"
+    ]
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0, 0] += 1.0
+    with pytest.raises(ValueError, match="up_proj: its base weight is not the one the statistics were collected on"):
+        gk.certify(guarded, collect(other.bfloat16()))
+
+
 def test_a_guarded_model_that_was_widened_is_certified_as_before():
     model = tiny_llama(dtype=torch.bfloat16)
     stats = collect(model)

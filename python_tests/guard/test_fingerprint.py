@@ -273,6 +273,18 @@ def test_files_with_fingerprints_of_the_first_version(tmp_path):
         stats.merge(collect(tiny_llama()))
 
 
+def test_a_tensor_that_cannot_be_read_is_named():
+    class Opaque(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError(f"{func} is not there")
+
+    model = PlainModel()
+    model.register_buffer("opaque", torch.Tensor._make_subclass(Opaque, torch.zeros(60, 10)))
+    with pytest.raises(TypeError, match="weight opaque is a Opaque, whose values cannot be read; load the model"):
+        ModelFingerprint.of(model, [])
+
+
 def test_headers_that_contradict_themselves_are_refused():
     header = ModelFingerprint.of(tiny_llama(), LLAMA_LAYERS).to_header()
     assert ModelFingerprint.from_header(json.loads(json.dumps(header))).to_header() == header
