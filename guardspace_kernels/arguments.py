@@ -41,10 +41,13 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
 
 def number(name: str, value: Any, wanted: str, valid: Callable[[Any], bool]) -> Any:
     """TypeError unless it is a real number, bool apart; ValueError unless it is finite and ``valid``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    plain = type(value) in (int, float)  # an optimiser asks at every step, and an abstract class answers slowly
+    if not plain and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be {wanted}, got {shown(value)}")
-    if not (math.isfinite(value) and valid(value)):
+    if not (-math.inf < value < math.inf and valid(value)):
         raise ValueError(f"{name} must be {wanted}, got {value}")
+    if plain:
+        return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
