@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from guardspace_kernels.guard.layers import adapted_base, is_conv1d, named_submodules, parameter_values
+from guardspace_kernels.guard.layers import adapted_base, is_conv1d, named_submodules, parameter_values, sharding
 from guardspace_kernels.nn import NullSpaceProjector, ProjectedLoraLinear
 
 #: What rounding A P to its dtype leaves outside the null space, ‖A − A P‖ / ‖A‖, with a wide margin.
@@ -56,6 +56,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Name in the base model -> adapted layer, for guarded layers and for plain PEFT LoRA layers.
 
     Raises:
+        TypeError: a layer's parameters are divided among processes.
         ValueError: several models with adapters, adapters outside of the one or without a guard beside guarded ones, a
             merged or non-finite adapter, one that is no plain LoRA of a Linear or Conv1D.
     """
@@ -86,6 +87,12 @@ def _is_adapted(module: nn.Module) -> bool:
 
 
 def _peft_layer(name: str, module: Any) -> AdaptedLayer:
+    kind = sharding(module)
+    if kind:
+        raise TypeError(
+            f"layer {name}: its parameters are divided by {kind} among processes; gather them first (after "
+            "fully_shard, unshard() of each module), or use a model that is whole in one process"
+        )
     if module.merged:
         raise ValueError(f"layer {name}: its adapter is merged; certify and export before merging, or unmerge first")
     base = module.get_base_layer()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from guardspace_kernels.guard.adapter_folder import GUARD_FILE
 from guardspace_kernels.guard.fingerprint import tensor_fingerprint
 from guardspace_kernels.guard.layers import adapted_base, named_submodules
 from guardspace_kernels.guard.weights import weights_of
@@ -136,6 +137,24 @@ def _check_running_statistics(model: nn.Module, held: set[int]) -> None:
             f"running statistics change in training: {_shown(running)}. The adapter's file would not hold them; put "
             "these modules into eval() mode, or have them saved by attach_guard(..., modules_to_save=[...])"
         )
+
+
+def check_loadable(folder: str, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """ValueError unless what a folder holds beside its factors is what the model has there, name by name."""
+    for key in sorted({*ours, *theirs}):
+        name = key.removeprefix("base_model.model.")
+        if key not in theirs:
+            raise ValueError(f"{folder} was saved without {name}, which this model trains or has resized")
+        if key not in ours:
+            raise ValueError(
+                f"{folder}: {GUARD_FILE} holds {name}, which this model's plan has not. Give attach_guard the same "
+                "modules_to_save, or resize the embeddings first, as it was done before saving"
+            )
+        if ours[key].shape != theirs[key].shape or not torch.isfinite(theirs[key]).all():
+            raise ValueError(
+                f"{folder}: {name} has shape {tuple(theirs[key].shape)} or non-finite values, expected "
+                f"{tuple(ours[key].shape)}"
+            )
 
 
 def _shown(names: list[str]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from guardspace_kernels.guard.collecting.scout import distinct_inputs
-from guardspace_kernels.guard.layers import find_layers, linear_weight
+from guardspace_kernels.guard.layers import find_layers, linear_weight, unwrapped
 from guardspace_kernels.guard.null_space import null_space
 from guardspace_kernels.guard.passes import CollectionPlan, parse_bytes, plan_passes, show_bytes
 from guardspace_kernels.guard.planning import one_thread, solve_bytes
@@ -93,6 +93,7 @@ def estimate_preparation(
     Raises:
         ValueError: as :func:`guardspace_kernels.collect_statistics` for the model and ``max_memory``.
     """
+    model = unwrapped(model)
     layers = find_layers(model, target_modules)
     inputs = distinct_inputs(model, layers)
     device = torch.device(device)

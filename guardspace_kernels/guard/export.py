@@ -144,7 +144,7 @@ def plain_lora(
         base_model_name_or_path=getattr(base, "name_or_path", None) or None,
         task_type=task,
         auto_mapping=auto_mapping(base, task),
-        **_trained_modules(base),
+        **_trained_modules(base, next(iter(layers.values())).module),
         inference_mode=True,
     )
     if isinstance(config.target_modules, set):
@@ -153,11 +153,11 @@ def plain_lora(
     return tensors, _config_text(config), ExportReport(os.fspath(path), "/".join(dtypes), rank, leak, drift)
 
 
-def _trained_modules(base: nn.Module) -> dict[str, Any]:
-    """What the configuration of the adapter says of the modules that are trained whole, or by rows."""
-    for config in getattr(base, "peft_config", {}).values():
-        return {name: getattr(config, name, None) for name in ("modules_to_save", "trainable_token_indices")}
-    return {}
+def _trained_modules(base: nn.Module, layer: Any) -> dict[str, Any]:
+    """What the configuration of the layers' adapter says of the modules that are trained whole, or by rows."""
+    active = getattr(layer, "active_adapters", [None])[0]
+    config = getattr(base, "peft_config", {}).get(active)
+    return {name: getattr(config, name, None) for name in ("modules_to_save", "trainable_token_indices")}
 
 
 def _config_text(config: LoraConfig) -> str:

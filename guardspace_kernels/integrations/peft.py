@@ -28,7 +28,7 @@ from guardspace_kernels.arguments import choice, instance
 from guardspace_kernels.guard.adapted import LEAK_TOLERANCE
 from guardspace_kernels.guard.adapter_folder import ADAPTER_WEIGHTS, GUARD_FILE, read_adapter, write_adapter
 from guardspace_kernels.guard.attach import LayerGuard, compute_device, layer_guards, undone_on_failure
-from guardspace_kernels.guard.beside import check_trained, note_weights, weights_beside
+from guardspace_kernels.guard.beside import check_loadable, check_trained, note_weights, weights_beside
 from guardspace_kernels.guard.export import peft_key, plain_lora
 from guardspace_kernels.guard.layers import is_conv1d, named_submodules, sharding, unwrapped
 from guardspace_kernels.guard.peft_description import target_modules, task_type
@@ -167,7 +167,7 @@ class GuardedModelMixin(CheckedState):
             )
         beside = weights_beside(self)  # type: ignore[arg-type]
         theirs = {key: t for key, t in factors.items() if key.removesuffix(".A").removesuffix(".B") not in layers}
-        _check_beside(os.fspath(model_id), beside, theirs)
+        check_loadable(os.fspath(model_id), beside, theirs)
         with torch.no_grad():
             for key, t in beside.items():
                 t.copy_(theirs[key])
@@ -241,23 +241,6 @@ class GuardedModelMixin(CheckedState):
                 elif isinstance(child, AuxiliaryTrainingWrapper) and child not in self.own_wrappers:
                     parent._modules[name] = child.original_module
         raise second_adapter(", ".join(value))
-
-
-def _check_beside(folder: str, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    for key in sorted({*ours, *theirs}):
-        name = key.removeprefix("base_model.model.")
-        if key not in theirs:
-            raise ValueError(f"{folder} was saved without {name}, which this model trains or has resized")
-        if key not in ours:
-            raise ValueError(
-                f"{folder}: {GUARD_FILE} holds {name}, which this model's plan has not. Give attach_guard the same "
-                "modules_to_save, or resize the embeddings first, as it was done before saving"
-            )
-        if ours[key].shape != theirs[key].shape or not torch.isfinite(theirs[key]).all():
-            raise ValueError(
-                f"{folder}: {name} has shape {tuple(theirs[key].shape)} or non-finite values, expected "
-                f"{tuple(ours[key].shape)}"
-            )
 
 
 def _before_forward(model: Any, _inputs: Any) -> None:

@@ -188,7 +188,7 @@ def test_states_schedules_and_wrappers_keep_step_mode(tiny):
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     wrapped = Accelerator(cpu=True).prepare_optimizer(optimizer)
     tiny.train(model, wrapped, steps=3)
-    model.to("cpu").train().eval()
-    tiny.train(model, wrapped, steps=1)
+    model.to("cpu").train().eval().double()  # converted in place: the parameters stay the same
+    tiny.train(model.float(), wrapped, steps=1)
     assert modes(model) == {True}
     assert tiny.drift(model)[0] < 1e-6

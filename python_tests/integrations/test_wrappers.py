@@ -16,6 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.optim.swa_utils import AveragedModel
 
 import guardspace_kernels as gk
+from guardspace_kernels.guard.estimate import estimate_preparation
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(torch|peft|transformers)", "ignore::FutureWarning")
 
@@ -120,6 +121,9 @@ def test_blocks_wrapped_after_attaching_keep_their_names(tiny, trained, how, tmp
 def test_a_wrapped_base_is_collected_planned_and_guarded_as_the_bare_one(tiny, name, tmp_path):
     wrapped = WRAPPERS[name](tiny.base())
     batches = [{"input_ids": tiny.batch(seed=7)["input_ids"][:, :4]}]
+    estimate = {"prompts": 4, "tokens_per_prompt": 4, "rank": 2}
+    collection = estimate_preparation(wrapped, **estimate).collection
+    assert collection == estimate_preparation(tiny.base(), **estimate).collection
     stats = gk.collect_statistics(wrapped, batches, progress=False)
     assert stats.fingerprint == tiny.statistics().fingerprint
     made = gk.plan_guard(wrapped, stats, tiny.plan().config, progress=False, allow_few_prompts=True)
@@ -244,3 +248,15 @@ def test_a_guarded_model_that_is_sharded_is_refused_at_its_first_forward_in_trai
     for make in (gk.GuardedAdamW, lambda m: gk.guard_optimizer(optimizer, m), lambda m: m(**tiny.batch())):
         with pytest.raises(TypeError, match=message):
             make(wrapped)
+
+
+def test_a_sharded_adapter_is_not_exported_by_halves(tiny, trained, one_process, tmp_path):
+    model = fully_sharded(copy.deepcopy(trained[0]), "blocks")
+    for use in (lambda: gk.export_lora(model, tmp_path / "adapter"), lambda: gk.certify(model, tiny.statistics())):
+        with pytest.raises(TypeError, match=r"layer model\.layers\.0\.\S+: its parameters are divided by .*gather"):
+            use()
+    for module in model.modules():
+        if hasattr(type(module), "unshard"):
+            module.unshard()
+    gk.export_lora(model, tmp_path / "adapter")
+    assert files(tmp_path / "adapter") == trained[1]
