@@ -11,7 +11,7 @@ import torch
 
 from guardspace_kernels.guard import forms
 from guardspace_kernels.guard.null_space import NullSpace
-from guardspace_kernels.guard.sampling import KINDS, Sample
+from guardspace_kernels.guard.sampling import FEWEST_PROMPTS, KINDS, Sample
 
 # A share outside is remarkable if it is so many times that of the calibration energy, and more than so much.
 _APART, _LITTLE = 3.0, 0.02
@@ -134,8 +134,8 @@ class Coverage:
         rest, heldout, kinds = self.mean("rest"), self.mean("heldout"), self.by_kind("kinds")
         if not kinds:
             return (
-                "how far protection carries cannot be told: the statistics hold no sample of their tokens; collect "
-                "them again with this version"
+                "how far protection carries cannot be told: the statistics hold no sample of rows. Those of earlier "
+                "versions hold none, nor do inputs of experts; collect them again, with other layers as well"
             )
         if rest is None or heldout is None:
             lines = [
@@ -147,6 +147,8 @@ class Coverage:
                 f"protection carries to held-out prompts: {rest:.2%} of the calibration energy lies outside of it, "
                 f"{heldout:.2%} of held-out prompts' ({self.held_prompts} of {self.prompts}, planned without them)"
             ]
+        if self.prompts < FEWEST_PROMPTS:
+            lines.append(f"warning: planned from {self.prompts} prompts, fewer than {FEWEST_PROMPTS}: collect more")
         lines.append(f"by kind of token, outside lies {shown(kinds)}")
         if self.weighting:
             lines.append(f"energy is that of tokens weighted by kind: {self.weighting}")

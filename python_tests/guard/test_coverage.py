@@ -123,6 +123,7 @@ def test_one_prompt_is_refused_and_says_why_and_what_to_do():
         gk.plan_guard(model, stats, gk.GuardConfig(rank=3), progress=False)
     text = str(plan_for(model, stats))
     assert text.startswith("how far protection carries to held-out prompts cannot be told: of 1 prompts none could be")
+    assert text.splitlines()[1] == "warning: planned from 1 prompts, fewer than 16: collect more"
     assert len(gk.plan_guard(model, stats, gk.GuardConfig(rank=3, projector=False), progress=False).layers) == 14
     enough = collect(model, [batch_of([p[:2] for p in MANY])])
     with pytest.raises(
@@ -161,7 +162,10 @@ def test_statistics_without_samples_say_that_it_cannot_be_told(tmp_path):
         entry.sample = entry.held = None
         entry.held_tokens = 0
     plan = plan_for(model, stats)
-    assert "cannot be told: the statistics hold no sample of their tokens; collect" in str(plan).splitlines()[0]
+    assert (
+        "cannot be told: the statistics hold no sample of the inputs' rows. Those of earlier"
+        in str(plan).splitlines()[0]
+    )
     plan.save(tmp_path / "p")
     assert str(gk.GuardPlan.load(tmp_path / "p")) == str(plan)
     assert plan_for(model, stats, projector=False).coverage is None
@@ -202,6 +206,12 @@ def test_few_tokens_that_hold_the_energy_are_told():
     line = next(line for line in str(plan).splitlines() if line.startswith("warning"))
     assert line.startswith("warning: at 1 of 1 inputs few tokens hold the energy; of the tokens taken alike ")
     assert "token_kinds" in line and "kind_weights" in line
+    # Marked, and with less weight, they leave the others what was asked for.
+    kinds = torch.full(x.shape[:2], REQUEST)
+    kinds[:, 7] = TEMPLATE
+    helped, _ = coverage_of(model, [{**prompts_of(x), "token_kinds": kinds}], kind_weights={"template": 1e-3})
+    outside = float((helped.spaces[0].outside(others) / others.square().sum(dim=1)).mean())
+    assert outside < 0.11 and "warning:" not in str(helped)
     plain, _ = coverage_of(model, [prompts_of(with_outlier(size=1.0))])
     assert "warning:" not in str(plain) and not plain.layers["layer"].warnings
 
