@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import guardspace_kernels as gk
+from guardspace_kernels.integrations.peft_layer import _Fold
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(torch|peft|transformers|accelerate)")
 
@@ -376,6 +377,13 @@ def test_layer_that_calls_its_base_stays_in_the_null_space_under_autocast(tiny, 
     F, _G = layer.delta_factors()
     plain = (F[:, :2] @ layer.A.detach().float()).norm() / layer.base_weight().float().norm()
     assert plain > 0.1  # without the projector it would show
+
+
+def test_fold_is_in_float32_under_autocast(tiny):
+    layer = layer_of(moved(tiny.guarded()))
+    with torch.autocast("cpu", torch.bfloat16):
+        A_P = _Fold.apply(layer.A, layer.projector)
+    assert A_P.dtype == torch.float32 and layer.leak(A_P) < 1e-6
 
 
 def test_dropout_of_a_layer_that_calls_its_base(tiny):
