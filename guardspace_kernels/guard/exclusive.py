@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from guardspace_kernels.guard.layers import is_sharded
+
 _LOCK = threading.Lock()
 _HOLDERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # modules in use, by which thread
 
@@ -51,12 +53,9 @@ class Unchanged:
         self.state = self._state()
 
     def _state(self) -> dict[str, tuple[int, int]]:
-        # A sharded parameter, or one that is loaded for its forward, has another memory each time.
-        return {
-            name: (p.data_ptr(), version_of(p))
-            for name, p in self.model.named_parameters()
-            if not (p.is_meta or hasattr(p, "full_tensor"))
-        }
+        if is_sharded(self.model):  # then forwards gather parameters into other memory, and so do those loaded for one
+            return {}
+        return {name: (p.data_ptr(), version_of(p)) for name, p in self.model.named_parameters() if not p.is_meta}
 
     def check(self) -> None:
         """RuntimeError that names what changed."""
