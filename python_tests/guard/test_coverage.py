@@ -163,8 +163,7 @@ def test_statistics_without_samples_say_that_it_cannot_be_told(tmp_path):
         entry.held_tokens = 0
     plan = plan_for(model, stats)
     assert (
-        "cannot be told: the statistics hold no sample of the inputs' rows. Those of earlier"
-        in str(plan).splitlines()[0]
+        "cannot be told: the statistics hold no sample of rows. Those of earlier versions" in str(plan).splitlines()[0]
     )
     plan.save(tmp_path / "p")
     assert str(gk.GuardPlan.load(tmp_path / "p")) == str(plan)
