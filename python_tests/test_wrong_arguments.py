@@ -175,6 +175,7 @@ def table(things):
                 "model": NO_MODULE,
                 "stats": no_stats(t),
                 "heldout": [*NO_BATCHES[1:], *A_BATCH],
+                "plan": ["plan", t.file, gk.GuardPlan, t.stats],
                 "answer_tokens": [*NO_INTEGER, 0],
                 "max_drift": [*NO_NUMBER[1:], NAN, INF, -1],
             },

@@ -99,7 +99,7 @@ def certify(
     if heldout is not None:
         iterable("heldout", heldout, "a list, or another iterable, of batches")
     if plan is not None:
-        instance("plan", plan, GuardPlan, "a GuardPlan")
+        instance("plan", plan, GuardPlan, "a GuardPlan or None")
     answer_tokens = integer("answer_tokens", answer_tokens, 1)
     if max_drift is not None:
         max_drift = number("max_drift", max_drift, "a number of 0 or more", lambda x: x >= 0)

@@ -597,6 +597,19 @@ def test_statistics_that_tell_nothing_certify_nothing(change, match, bound, tmp_
         gk.export_lora(guarded, tmp_path, stats=altered(stats, change))
 
 
+def test_statistics_of_experts_alone_that_read_nothing_certify_nothing():
+    model = tiny_llama()
+    stats = collect(model)
+    plain = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+
+    def unread(entry):
+        no_tokens(entry)
+        entry.routed = True
+
+    with pytest.raises(ValueError, match="no adapted layer read a calibration token, so that nothing can be told"):
+        gk.certify(plain, altered(stats, unread), max_drift=1e9)
+
+
 def test_adapters_that_are_switched_off_certify_nothing():
     model = tiny_llama()
     stats = collect(model)
