@@ -133,8 +133,8 @@ def collect_statistics(
     sink, whose input can dwarf all others and is the same in every prompt, is kept out of C; its distinct inputs are
     kept apart and will be protected as directions of their own.
 
-    Before a batch of a new kind (other entries, other padding) one of its prompts is tried alone and as it stands in its
-    batch. A layer's input counts by the tokens whose number it follows: those of the prompts or, in encoder-decoder
+    Before a batch of a new kind (other entries, other padding) one of its prompts is tried, alone and as it stands in
+    its batch. A layer's input counts by the tokens whose number it follows: those of the prompts or, in encoder-decoder
     models, of the decoder. Prompts packed into one row are told apart by ``position_ids`` that start again. What is
     read of a prompt must be what is read of it alone, else the batch is refused.
 
@@ -151,7 +151,8 @@ def collect_statistics(
             model is not given, may say what each token is of: 0 the template, 1 the request, 2 an answer. Without it
             the template is what all prompts of a batch, and the very first one, begin and end with. Use harmful
             requests that the model refuses, through its chat template.
-        target_modules: "all-linear" (every Linear and Conv1D but heads), a regular expression, or a list of name endings.
+        target_modules: "all-linear" (every Linear and Conv1D but heads), a regular expression, or a list of name
+            endings.
         answer_tokens: generate this many tokens of the model's own greedy answer and include them: refusing is
             decided there.
         separate_sink: False counts the first token as any other.
@@ -179,7 +180,7 @@ def collect_statistics(
     Raises:
         TypeError, ValueError: an unusable model, dtype or batch (empty, all padding, shapes that differ), a layer that
             does not read the prompts' tokens or does not compute ``x Wᵀ + b``, a prompt that is read otherwise than
-            alone, or a non-finite activation; the message names batch and layer. Hooks are removed whatever happens.
+            alone, or a non-finite activation; the message names batch and layer. Hooks go whatever happens.
         RuntimeError: another thread collects from the model, certifies it or trains it meanwhile; its own forwards
             raise, too. Or another process of a sharded model raised one of the above. Only an error within a forward,
             such as a lack of memory, leaves the others waiting there; ``torchrun`` ends them.

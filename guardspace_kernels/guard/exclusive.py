@@ -69,6 +69,6 @@ class Unchanged:
                 return
             what = f"parameter {changed[0]} was changed"
         raise RuntimeError(
-            f"{what} while statistics were collected, by another thread or the iterable of batches: they "
-            "would be of no one model; collect again from one that nothing else trains"
+            f"{what} while statistics were collected, by another thread, the iterable of batches or the "
+            "model's own forward: they would be of no one model; collect from one that nothing changes meanwhile"
         )

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from guard_helpers import PROMPTS, PlainModel, assert_same_bits, batch_of, collect, perturb, plan_for, tiny_llama
 
 import guardspace_kernels as gk
@@ -129,11 +130,18 @@ def test_a_model_that_is_trained_meanwhile_is_refused(change):
         yield BATCHES[1]
 
     what = "module k was put into training mode" if change == "mode" else "parameter k.weight was changed"
-    with pytest.raises(
-        RuntimeError, match=f"{what} while statistics were collected, by another thread or the iterable"
-    ):
+    with pytest.raises(RuntimeError, match=f"{what} while statistics were collected, by another thread, the iter"):
         collect(model, meddling())
     assert len(collect(model, BATCHES).layers) == 3
+
+
+def test_a_model_that_changes_its_own_weights_is_refused():
+    """RWKV divides them before its first forward in eval mode."""
+    config = transformers.RwkvConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, rescale_every=1)
+    with pytest.raises(
+        RuntimeError, match=r"parameter rwkv\.blocks\.\d\.\S+ was changed .*the model's own forward: they"
+    ):
+        collect(transformers.RwkvForCausalLM(config))
 
 
 @pytest.mark.parametrize("how", ["in place", "a block in place", "around"])

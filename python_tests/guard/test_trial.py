@@ -218,7 +218,7 @@ def test_positions_that_do_not_begin_at_zero(kind):
 def recurrent(kind):
     sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2}
     if kind == "rwkv":
-        return transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes, attention_hidden_size=32))
+        return transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes, attention_hidden_size=32, rescale_every=0))
     wide = {"intermediate_size": 48, "num_attention_heads": 4, "lru_width": 32, "attention_window_size": 16}
     config = transformers.RecurrentGemmaConfig(**sizes, **wide, use_cache=False)
     return transformers.RecurrentGemmaForCausalLM(config)
