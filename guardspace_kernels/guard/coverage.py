@@ -152,22 +152,30 @@ class Coverage:
         lines.append(f"by kind of token, outside lies {shown(kinds)}")
         if self.weighting:
             lines.append(f"energy is that of tokens weighted by kind: {self.weighting}")
-        apart, few = (sum(getattr(one, name) for one in self.inputs) for name in ("kinds_apart", "few_hold_all"))
-        if apart:
-            lines.append(
-                f"warning: at {apart} of {len(self.inputs)} inputs some kinds of tokens take the protection from "
-                "others; give those less weight, such as "
-                f'collect_statistics(kind_weights={{"{min(kinds, key=lambda kind: kinds[kind])}": 0.1}}), keep the '
-                "beginning that all prompts share apart (separate_prefix=...), or raise protect"
+        return "\n".join([*lines, *self._warnings()])
+
+    def _warnings(self) -> list[str]:
+        apart, few = (
+            dataclasses.replace(self, inputs=[one for one in self.inputs if getattr(one, name)])
+            for name in ("kinds_apart", "few_hold_all")
+        )
+        found = []
+        if apart.inputs:
+            kinds = apart.by_kind("kinds")
+            found.append(
+                f"warning: at {len(apart.inputs)} of {len(self.inputs)} inputs some kinds of tokens take the "
+                f"protection from others, and outside lies {shown(kinds)}: keep the beginning that all prompts "
+                "share apart (collect_statistics(separate_prefix=...)), give a kind less weight "
+                f'(kind_weights={{"{min(kinds, key=lambda kind: kinds[kind])}": 0.1}}), or raise protect'
             )
-        if few:
-            alike = max(self.by_kind("alike").values())
-            lines.append(
-                f"warning: at {few} of {len(self.inputs)} inputs few tokens hold the energy; of the tokens taken alike "
-                f"{alike:.1%} lies outside: mark those few by token_kinds and give them less weight "
-                "(collect_statistics(kind_weights=...)), or raise protect"
+        if few.inputs:
+            found.append(
+                f"warning: at {len(few.inputs)} of {len(self.inputs)} inputs few tokens hold the energy, and of tokens "
+                f"taken alike {max(few.by_kind('alike').values()):.1%} lies outside: keep a shared beginning apart "
+                "(collect_statistics(separate_prefix=...)), mark them by token_kinds and give them less weight "
+                "(kind_weights=...), or raise protect"
             )
-        return "\n".join(lines)
+        return found
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -203,7 +203,7 @@ def test_few_tokens_that_hold_the_energy_are_told():
     )
     assert told.alike["request"] > 0.8
     line = next(line for line in str(plan).splitlines() if line.startswith("warning"))
-    assert line.startswith("warning: at 1 of 1 inputs few tokens hold the energy; of the tokens taken alike ")
+    assert line.startswith("warning: at 1 of 1 inputs few tokens hold the energy, and of tokens taken alike ")
     assert "token_kinds" in line and "kind_weights" in line
     # Marked, and with less weight, they leave the others what was asked for.
     kinds = torch.full(x.shape[:2], REQUEST)
@@ -279,7 +279,12 @@ def test_tokens_that_all_prompts_share_and_what_helps(d, constant, options, leas
         assert plan.layers["layer"].warnings == [
             f"outside lies {told.kinds['template']:.1%} of template, {told.kinds['request']:.1%} of request"
         ]
-        assert 'give those less weight, such as collect_statistics(kind_weights={"template": 0.1}), ' in str(plan)
+        shares = f"{told.kinds['template']:.1%} of template, {told.kinds['request']:.1%} of request"
+        assert f"some kinds of tokens take the protection from others, and outside lies {shares}: keep" in str(plan)
+        assert (
+            'collect_statistics(separate_prefix=...)), give a kind less weight (kind_weights={"template": 0.1}), or'
+            in str(plan)
+        )
     if "kind_weights" in options:  # the template is not given up
         assert float(space.outside(template).mean()) < 0.15
         assert "energy is that of tokens weighted by kind: template 0.05, request 1, answer 1" in str(plan)
