@@ -53,8 +53,9 @@ def _before_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 class OptimizerGuard:
     """Handle of :func:`guard_optimizer`. ``remove()``, or leaving it as a context, returns to forward mode.
 
-    So does whatever takes A out of the optimiser's hands: another optimiser that steps it, the end of this one, a
-    parameter that is replaced. Step mode is never left on without a projection after the step.
+    So does whatever takes A out of the optimiser's hands: another optimiser that steps it, or steps anything while this
+    one waits to step, the end of this one, a parameter that is replaced. Step mode is never left on without a
+    projection after the step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, layers: list[Any]) -> None:
@@ -67,12 +68,23 @@ class OptimizerGuard:
         bases, complements = _projectors(layers)
         with torch.no_grad():
             null_project_([layer.A for layer in layers], bases, complements)
-        self._handles = [layer.A.register_post_accumulate_grad_hook(_project_gradient(layer)) for layer in layers]
+        self._waiting = False  # whether gradients came since the last step
+        self._handles = [layer.A.register_post_accumulate_grad_hook(self._gradient_hook(layer)) for layer in layers]
         for layer in layers:
             layer.step_mode = True
         if _before_any_step not in _global_optimizer_pre_hooks.values():
             register_optimizer_step_pre_hook(_before_any_step)
         _active.add(self)
+
+    def _gradient_hook(self, layer: Any) -> Callable[[torch.Tensor], None]:
+        """Projects a gradient as soon as it is accumulated, so that clipping sees the projected one."""
+
+        def hook(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            layer.projector.project_(parameter.grad)
+            self._waiting = True
+
+        return hook
 
     def remove(self) -> None:
         _active.discard(self)
@@ -87,9 +99,12 @@ class OptimizerGuard:
         """Of any optimiser; RuntimeError if ours lost a parameter that it guards, TypeError for a decay set since."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if optimizer is not self._optimizer():
-            if any(id(A) in held for A, _ in self._held):
+            # Or it steps copies of A while ours waits: DeepSpeed puts an optimiser of its own, over flat copies of all
+            # parameters, in the place of the one that it is given.
+            if self._waiting or any(id(A) in held for A, _ in self._held):
                 self.remove()
             return
+        self._waiting = False
         lost = [
             layer
             for layer, (A, tensor) in zip(self._layers, self._held, strict=True)
@@ -151,7 +166,8 @@ def guard_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optim
     Saves the ``4·r·d_in·k`` FLOPs of ``A P`` per layer and forward. The trajectory of ``A P`` is that of forward mode,
     gradient clipping included, because each gradient is projected as soon as it is accumulated. While the guard is on,
     only this optimiser may change A; saving and certifying check that. The layers return to forward mode when another
-    optimiser steps A, when this one is deleted, and when a parameter is replaced: then its next step raises.
+    optimiser steps A, or steps at all between backward and this one's step (DeepSpeed puts its own in place of the one
+    that it is given), when this one is deleted, and when a parameter is replaced: then its next step raises.
 
     Args:
         optimizer: AdamW, SGD, or Adam, NAdam, RAdam with decoupled or no decay, Adamax, RMSprop, Adagrad without
@@ -201,16 +217,6 @@ def _check_held(optimizer: torch.optim.Optimizer, layers: list[Any]) -> None:
 
 def _projectors(layers: list[Any]) -> tuple[list[torch.Tensor], list[bool]]:
     return [layer.projector.basis for layer in layers], [layer.projector.complement for layer in layers]
-
-
-def _project_gradient(layer: Any) -> Callable[[torch.Tensor], None]:
-    """As soon as it is accumulated, so that clipping sees the projected one."""
-
-    def hook(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        layer.projector.project_(parameter.grad)
-
-    return hook
 
 
 _Lists = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]

@@ -128,6 +128,41 @@ def test_another_optimiser_takes_over_in_forward_mode(tiny, name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimiser_of_copies_takes_over_in_forward_mode(tiny, name):
+    """What DeepSpeed does with an optimiser that it is given: another one steps a flat copy, which is copied back."""
+    model = tiny.guarded()
+    ours = OPTIMIZERS[name](tiny, model)
+    parameters = tiny.trainable(model)
+    master = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+    theirs = torch.optim.AdamW([master], lr=1e-2)
+    for step in range(6):
+        model(**tiny.batch(seed=step)).loss.backward()
+        master.grad = torch.cat([p.grad.flatten() for p in parameters])
+        theirs.step()
+        assert modes(model) == {False}
+        model.zero_grad()
+        for p, value in zip(parameters, master.detach().split([p.numel() for p in parameters]), strict=True):
+            p.data.copy_(value.view_as(p))
+        assert tiny.drift(model)[0] < 1e-6
+    assert tiny.drift(model)[1] > 1e-3 and ours is not None
+
+
+def test_an_optimiser_of_other_parameters_that_steps_after_ours_leaves_step_mode_on(tiny):
+    model, head = tiny.guarded(), nn.Linear(2, 2)
+    ours, other = gk.GuardedAdamW(model), torch.optim.SGD(head.parameters(), lr=0.1)
+    for _ in range(2):
+        tiny.train(model, ours, steps=1)
+        other.step()
+    assert modes(model) == {True}
+    model(**tiny.batch()).loss.backward()
+    other.step()
+    assert modes(model) == {False}
+    ours.step()
+    tiny.train(model, ours, steps=2)
+    assert tiny.drift(model)[0] < 1e-6
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_end_of_the_optimiser_ends_step_mode(tiny, name):
     model = tiny.guarded()
     optimizer = OPTIMIZERS[name](tiny, model)
