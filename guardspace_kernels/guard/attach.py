@@ -26,6 +26,7 @@ class LayerGuard:
     that has the same weight, or "".
     """
 
+    name: str
     A0: torch.Tensor
     B0: torch.Tensor
     basis: torch.Tensor | None
@@ -49,6 +50,7 @@ def layer_guards(model: nn.Module, plan: GuardPlan, residual: str = "virtual") -
     for name, module in layers.items():
         layer, space = plan.layers[name], plan.space_of(name)
         guard = LayerGuard(
+            name,
             layer.A0,
             layer.B0,
             None if space is None else space.basis,
@@ -58,7 +60,7 @@ def layer_guards(model: nn.Module, plan: GuardPlan, residual: str = "virtual") -
             shared=sharing.get(name, ""),
         )
         if residual == "frozen" and plan.has_frozen:
-            _check_holds_residual(name, module, guard)
+            _check_holds_residual(module, guard)
         yield name, guard
 
 
@@ -75,7 +77,7 @@ def computes_weight(module: nn.Module) -> bool:
     return is_parametrized(module, "weight") or not isinstance(module.weight, nn.Parameter)
 
 
-def _check_holds_residual(name: str, module: nn.Module, guard: LayerGuard) -> None:
+def _check_holds_residual(module: nn.Module, guard: LayerGuard) -> None:
     if module.weight.is_meta:
         reason = "is offloaded"
     elif guard.shared:
@@ -87,7 +89,8 @@ def _check_holds_residual(name: str, module: nn.Module, guard: LayerGuard) -> No
     else:
         return
     raise ValueError(
-        f'layer {name}: residual="frozen" would write into its weight, which {reason}; attach with residual="virtual"'
+        f'layer {guard.name}: residual="frozen" would write into its weight, which {reason}; '
+        'attach with residual="virtual"'
     )
 
 
@@ -114,7 +117,7 @@ def _memory(parameter: Any) -> Any:
     return (parameter.device, parameter.data_ptr()) if plain else id(parameter)
 
 
-def compute_device(module: Any) -> torch.device:
+def compute_device(name: str, module: Any) -> torch.device:
     """Where a layer computes: where its weight is, or where accelerate loads an offloaded one to."""
     if not module.weight.is_meta:
         return torch.device(module.weight.device)
@@ -123,7 +126,9 @@ def compute_device(module: Any) -> torch.device:
         device = getattr(one, "execution_device", None)
         if device is not None:
             return torch.device(device)
-    raise ValueError("the weight is on the meta device and no hook of the layer's own loads it; load the model first")
+    raise ValueError(
+        f"layer {name}: its weight is on the meta device and no hook of its own loads it; load the model first"
+    )
 
 
 @contextmanager

@@ -59,11 +59,8 @@ class GuardedLoraModel(CheckedState, LoraModel):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        for name, layer in guarded_layers(self.model).items():
-            try:
-                layer.check_mergeable()
-            except ValueError as error:
-                raise ValueError(f"layer {name}: {error}") from error
+        for layer in guarded_layers(self.model).values():
+            layer.check_mergeable()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any) -> None:
         check_model_state(self, state_dict, prefix, local_metadata)
@@ -393,7 +390,7 @@ def _install(layers: dict[str, GuardedLinear], guards: dict[str, LayerGuard], ad
         projector = None
         if guard.basis is not None:
             # One module for all layers that read the same tensor, so that moving the model keeps one basis.
-            key = id(guard.basis), compute_device(layers[name].get_base_layer())
+            key = id(guard.basis), compute_device(name, layers[name].get_base_layer())
             if key not in projectors:
                 projectors[key] = NullSpaceProjector(guard.basis.to(key[1]), guard.complement, persistent=False)
             projector = projectors[key]

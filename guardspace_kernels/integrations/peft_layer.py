@@ -49,7 +49,9 @@ class GuardedLinear(LoraLinear):
         """Sets the adapter to its start and confines it; called once by :func:`attach_guard`."""
         base = self.get_base_layer()
         for factor, start in ((self.lora_A[adapter], guard.A0), (self.lora_B[adapter], guard.B0)):
-            factor.to_empty(device=compute_device(base))  # PEFT puts it on the meta device beside an offloaded weight
+            factor.to_empty(
+                device=compute_device(guard.name, base)
+            )  # PEFT puts it on the meta device beside an offloaded weight
             with torch.no_grad():
                 factor.weight.copy_(start)
         A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
@@ -119,9 +121,10 @@ class GuardedLinear(LoraLinear):
     def scale(self) -> float:
         scale = float(self.scaling[self.adapter])
         if self.weight_is_residual and scale != self._frozen_scale:
-            raise RuntimeError(
+            raise self._refusal(
+                RuntimeError,
                 f'the scaling is {scale:g}, but residual="frozen" took s·B₀A₀P off the weight with s = '
-                f'{self._frozen_scale:g}; set it back, or attach with residual="virtual", which takes any scaling'
+                f'{self._frozen_scale:g}; set it back, or attach with residual="virtual", which takes any scaling',
             )
         return scale
 
@@ -166,19 +169,25 @@ class GuardedLinear(LoraLinear):
         if A.shape != self.shapes[0] or B.shape != self.shapes[1]:
             raise self._replaced()
         if A.is_meta or B.is_meta:
-            raise RuntimeError(
-                "the adapter is on the meta device, without values; offload the base model before attach_guard, which "
-                "leaves the adapter where it computes"
+            raise self._refusal(
+                RuntimeError,
+                "the adapter is on the meta device, without values; offload the base model "
+                "before attach_guard, which leaves the adapter where it computes",
             )
         if not self._holds_start():
-            raise RuntimeError(
-                "the frozen pair A₀P, B₀ is not the plan's: something wrote into it. Attach the guard anew"
+            raise self._refusal(
+                RuntimeError,
+                "the frozen pair A₀P, B₀ is not the plan's: something wrote into it. Attach the guard anew",
             )
         if self.step_mode and not self.leak() <= LEAK_TOLERANCE[A.dtype]:
-            raise RuntimeError(
+            raise self._refusal(
+                RuntimeError,
                 f"the adapter left the null space (‖A − A P‖/‖A‖ = {self.leak():.1e}): in step mode only the guarded "
-                "optimiser may change it. Remove the optimiser guard to return to forward mode, which is always exact"
+                "optimiser may change it. Remove the optimiser guard to return to forward mode, which is always exact",
             )
+
+    def _refusal(self, kind: type[Exception], what: str) -> Exception:
+        return kind(f"layer {self.guard.name}: {what}")
 
     def _holds_start(self) -> bool:
         if self.frozen_A is None or self.frozen_B is None:
@@ -186,11 +195,12 @@ class GuardedLinear(LoraLinear):
         pairs = ((self.frozen_A, self.guard.A0), (self.frozen_B, self.guard.B0))
         return all(_is_cast_of(ours, start.to(ours.device)) for ours, start in pairs)
 
-    def _replaced(self) -> RuntimeError:
-        return RuntimeError(
+    def _replaced(self) -> Exception:
+        return self._refusal(
+            RuntimeError,
             f"lora_A and lora_B have shapes {tuple(self.A.shape)} and {tuple(self.B.shape)}, the guard was attached "
             f"with {tuple(self.shapes[0])} and {tuple(self.shapes[1])}: another adapter was put in their place, or "
-            "they were sharded. Attach the guard anew and use its load_adapter"
+            "they were sharded. Attach the guard anew and use its load_adapter",
         )
 
     def base_weight(self) -> torch.Tensor:
@@ -233,17 +243,20 @@ class GuardedLinear(LoraLinear):
         elif computes_weight(base):
             reason = "its weight is computed from other parameters"
         if reason:
-            raise ValueError(f"this layer cannot be merged: {reason}. export_lora needs no merging")
+            raise self._refusal(ValueError, f"it cannot be merged: {reason}. export_lora needs no merging")
         if not all(torch.isfinite(t).all() for t in self.delta_factors()):
-            raise ValueError("this layer cannot be merged: the adapter holds non-finite values; its training diverged")
+            raise self._refusal(
+                ValueError, "it cannot be merged: the adapter holds non-finite values; its training diverged"
+            )
 
     def _merged_weight(self) -> torch.Tensor:
         """``W + ΔW``, rounded once, as the layer stores it."""
         self.check_mergeable()
         if self.get_base_layer().weight.is_meta:
-            raise ValueError(
-                "this layer cannot be merged: its weight is offloaded; use merge_adapter or merge_and_unload of the "
-                "model, which load it"
+            raise self._refusal(
+                ValueError,
+                "it cannot be merged: its weight is offloaded; use merge_adapter or "
+                "merge_and_unload of the model, which load it",
             )
         return self._oriented(merged_weight(self.base_weight(), *self.delta_factors()))
 
@@ -277,7 +290,9 @@ class GuardedLinear(LoraLinear):
     def _write(self, values: torch.Tensor) -> None:
         weight = self.get_base_layer().weight
         if weight.is_meta:
-            raise RuntimeError("the base weight is offloaded and cannot be put back; use unmerge_adapter of the model")
+            raise self._refusal(
+                RuntimeError, "the base weight is offloaded and cannot be put back; use unmerge_adapter of the model"
+            )
         weight.copy_(values)
 
     @torch.no_grad()
@@ -307,9 +322,10 @@ class GuardedLinear(LoraLinear):
             return base(x)
         plain = not (self.calls_base or has_hooks(base))
         if self.weight_is_residual and not plain:
-            raise RuntimeError(
+            raise self._refusal(
+                RuntimeError,
                 f'the base layer {type(base).__name__} has hooks, which would see W_res under residual="frozen"; '
-                'remove them, or attach with residual="virtual"'
+                'remove them, or attach with residual="virtual"',
             )
         if self.disable_adapters:
             if not self.weight_is_residual:

@@ -841,7 +841,9 @@ def test_factors_of_other_shapes_are_noticed_at_the_next_use(tiny, tmp_path, cha
         model.merge_adapter,
         model.state_dict,
     ):
-        with pytest.raises(RuntimeError, match=r"have shapes .* attached with .*another adapter"):
+        with pytest.raises(
+            RuntimeError, match=r"layer model\.layers\.0\.\S+: .*have shapes .* attached with .*another adapter"
+        ):
             use()
     assert not list(tmp_path.iterdir())
 
@@ -855,7 +857,7 @@ def test_changed_frozen_pair_is_neither_certified_nor_saved(tiny, tmp_path, name
         lambda: model.save_pretrained(tmp_path),
         model.state_dict,
     ):
-        with pytest.raises(RuntimeError, match="the frozen pair A₀P, B₀ is not the plan's"):
+        with pytest.raises(RuntimeError, match=rf"layer {LAYER}: the frozen pair A₀P, B₀ is not the plan's"):
             use()
     cast = tiny.guarded().bfloat16().float()  # a cast rounds it, which is no change
     assert cast.guarded_layers()[LAYER].delta_factors()[1].shape == (4, 16)

@@ -190,7 +190,9 @@ def test_changed_scaling_under_a_frozen_residual_is_refused(tiny, tmp_path):
         model.merge_adapter,
         model.state_dict,
     ):
-        with pytest.raises(RuntimeError, match=r"the scaling is 0\.75, but residual=.frozen. took .* with s = 1\.5"):
+        with pytest.raises(
+            RuntimeError, match=rf"layer {LAYER}: the scaling is 0\.75, but residual=.frozen. took .* with s = 1\.5"
+        ):
             use()
     base, restored = weights(tiny.base()), weights(model.unload())
     assert all(same_bits(restored[n], p) for n, p in base.items())
@@ -426,7 +428,7 @@ def test_frozen_residual_takes_no_hooks(tiny):
         gk.attach_guard(base, tiny.plan(), residual="frozen")
     model = tiny.guarded(residual="frozen")
     steer(layer_of(model).get_base_layer())
-    with pytest.raises(RuntimeError, match=r"the base layer Linear has hooks.*W_res"):
+    with pytest.raises(RuntimeError, match=rf"layer {LAYER}: the base layer Linear has hooks.*W_res"):
         tiny.logits(model)
 
 
@@ -459,7 +461,7 @@ def test_offloaded_base_trains_certifies_exports_and_merges(tiny, offload, tmp_p
     fresh.load_adapter(tmp_path / "adapter")
     expected = tiny.logits(reference)
     assert close(tiny.logits(fresh), expected, 1e-5)
-    with pytest.raises(ValueError, match="its weight is offloaded; use merge_adapter"):
+    with pytest.raises(ValueError, match=rf"layer {LAYER}: .*its weight is offloaded; use merge_adapter"):
         layer_of(model).merge()
     model.merge_adapter()
     assert close(tiny.logits(model), expected, 1e-5)
@@ -480,7 +482,10 @@ def test_adapter_that_is_offloaded_itself_is_refused(tiny, offload, tmp_path):
         lambda: gk.certify(model, tiny.statistics()),
         lambda: gk.export_lora(model, tmp_path / "adapter"),
     ):
-        with pytest.raises(RuntimeError, match=r"adapter is on the meta device.*offload the base model before"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"layer model\.layers\.0\..*: the adapter is on the meta device.*offload the base model before",
+        ):
             use()
 
 
@@ -494,5 +499,5 @@ def test_model_on_the_meta_device_is_refused(tiny):
 def test_layer_that_no_hook_of_its_own_loads_is_refused():
     from guardspace_kernels.guard.attach import compute_device
 
-    with pytest.raises(ValueError, match="on the meta device and no hook of the layer's own loads it"):
-        compute_device(nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ValueError, match="layer a: its weight is on the meta device and no hook of its own loads it"):
+        compute_device("a", nn.Linear(2, 2, device="meta"))
