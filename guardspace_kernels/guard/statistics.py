@@ -42,11 +42,13 @@ class InputStatistics:
     Attributes:
         layers: names of the layers that read it (q/k/v, for instance).
         features: d.
-        covariance: C = Xᵀ X (d, d), symmetric, un-normalised, over all real tokens but the first of each prompt. Kept
-            as a triangle, in memory or in a file: every access makes a new matrix. It can be assigned.
+        covariance: C = Xᵀ X (d, d), symmetric, un-normalised, over all real tokens but the first of each prompt,
+            weighted where the statistics weigh kinds of tokens. Kept as a triangle, in memory or in a file: every
+            access makes a new matrix. It can be assigned.
         tokens: T, the number of rows in X.
-        sinks: (n, d), the distinct inputs seen at the first real token of a prompt (the attention sink).
-        sink_tokens: how many first tokens were seen.
+        sinks: (n, d), the distinct inputs seen at the first real token of a prompt (the attention sink), and at the
+            others of a shared beginning where ``separate_prefix`` kept them apart.
+        sink_tokens: how many such tokens were seen.
         routed: whether its layers belong to an expert, which reads the tokens that a router gives it, or none.
         sample: some of the rows, up to 32 of each kind of token (template, request, answer), unweighted; no rows for
             an expert, None in statistics of versions that kept none.
