@@ -87,6 +87,24 @@ def test_padding_of_the_decoder_alone_is_tried_too():
         collect(tiny_bart(), [sides])
 
 
+def test_a_decoder_of_speech_is_collected_without_its_encoder():
+    parts = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (
+        ("layers", 1), ("attention_heads", 4), ("ffn_dim", 48),
+    )}  # fmt: skip
+    sizes = {"vocab_size": 60, "d_model": 32, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model = randomised(
+        transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes, **parts, **tokens))
+    )
+    ids = {f"decoder_{name}": value for name, value in batch_of(ANSWERS).items()}
+    batches = [{"input_features": torch.randn(len(ANSWERS), 8, 40), **ids}]
+    stats = collect(model, batches, target_modules=r".*decoder.*(self_attn\..*|fc\d|encoder_attn\.(q|out)_proj)")
+    assert {entry.tokens for entry in stats.inputs} == {sum(map(len, ANSWERS)) - len(ANSWERS)}
+    assert stats.prompts == len(ANSWERS) and {entry.sink_tokens for entry in stats.inputs} == {len(ANSWERS)}
+    with pytest.raises(ValueError, match=r"encoder_attn\.k_proj: input of shape \(2, 20, 32\) does not match"):
+        collect(model, batches, target_modules=["encoder_attn.k_proj"])
+
+
 class Tower(PlainModel):
     """Reads an image beside the prompt, of as many patches as it is given; or as many latents as learned."""
 
