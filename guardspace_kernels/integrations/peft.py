@@ -274,6 +274,15 @@ class GuardedPeftModelForFeatureExtraction(GuardedModelMixin, PeftModelForFeatur
     """A guarded :class:`peft.PeftModelForFeatureExtraction`."""
 
 
+GuardedModel = (
+    GuardedPeftModel
+    | GuardedPeftModelForCausalLM
+    | GuardedPeftModelForSeq2SeqLM
+    | GuardedPeftModelForSequenceClassification
+    | GuardedPeftModelForTokenClassification
+    | GuardedPeftModelForQuestionAnswering
+    | GuardedPeftModelForFeatureExtraction
+)
 _OF_TASK: dict[str | None, Any] = {
     None: GuardedPeftModel,
     "CAUSAL_LM": GuardedPeftModelForCausalLM,
@@ -308,7 +317,7 @@ def attach_guard(
     residual: str = "virtual",
     adapter_name: str = "default",
     modules_to_save: Sequence[str] | None = None,
-) -> Any:
+) -> GuardedModel:
     """Gives the model an adapter that cannot change what the plan protects; any trainer trains it, no hook needed.
 
     ``y = x W_resᵀ + s·x (A P)ᵀ Bᵀ + b`` with ``W_res = W − s·B₀A₀P``, A = A₀P and B = B₀: at the start the output is
@@ -374,7 +383,8 @@ def attach_guard(
     guarded.own_wrappers = [module for module in guarded.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     guarded.register_forward_pre_hook(_before_forward)
     config.alpha_pattern = {_NO_HOTSWAP: config.lora_alpha}
-    return guarded
+    made: GuardedModel = guarded
+    return made
 
 
 # Names no layer. PEFT's hotswap_adapter, which would copy any adapter over A and B, asks whether the two patterns are
