@@ -22,8 +22,8 @@ class LayerGuard:
     """One layer's share of a plan: ``ΔW = s (B A − B₀A₀) P`` starts from A = A₀P, B = B₀.
 
     A0 (r, d_in), B0 (d_out, r), basis (d_in, k) or None, float32. ``frozen``: whether B₀A₀ is taken off the weight.
-    ``own_forward``: the layer's class computes otherwise than ``nn.Linear`` or ``Conv1D``. ``shared``: another module
-    that has the same weight, or "".
+    ``own_forward``: the layer's class has a forward of its own, which was seen to compute x Wᵀ + b. ``shared``: another
+    module that has the same weight, or "".
     """
 
     name: str
@@ -84,8 +84,8 @@ def _check_holds_residual(module: nn.Module, guard: LayerGuard) -> None:
         reason = f"is also that of {guard.shared}, which would read W_res too"
     elif computes_weight(module):
         reason = "is computed from other parameters"
-    elif guard.own_forward or has_hooks(module):
-        reason = f"is read by a forward or hooks of {type(module).__name__}'s own, which would see W_res"
+    elif has_hooks(module):
+        reason = f"is read by hooks of its {type(module).__name__}, which would see W_res"
     else:
         return
     raise ValueError(

@@ -238,8 +238,8 @@ class GuardedLinear(LoraLinear):
             reason = (
                 f"its weight is also that of {self.guard.shared}, which would change with it; give it its own first"
             )
-        elif self.calls_base or base._forward_hooks or base._forward_pre_hooks:
-            reason = f"its {type(base).__name__} has a forward or hooks of its own, which would act on the adapter too"
+        elif base._forward_hooks or base._forward_pre_hooks:
+            reason = f"its {type(base).__name__} has hooks, which would act on the adapter too"
         elif computes_weight(base):
             reason = "its weight is computed from other parameters"
         if reason:
@@ -267,8 +267,8 @@ class GuardedLinear(LoraLinear):
         Every merge is safe in PEFT's sense: a result that is not finite raises and changes nothing.
 
         Raises:
-            ValueError: a weight that is shared with another module or offloaded, a base layer with a forward or hooks
-                of its own, or a result that is not finite.
+            ValueError: a weight that is shared with another module or offloaded, a base layer with hooks, or a result
+                that is not finite.
         """
         if self.adapter not in check_adapters_to_merge(self, adapter_names):
             return
@@ -320,8 +320,8 @@ class GuardedLinear(LoraLinear):
             self.unmerge()
         if self.merged:
             return base(x)
-        plain = not (self.calls_base or has_hooks(base))
-        if self.weight_is_residual and not plain:
+        hooked = has_hooks(base)
+        if self.weight_is_residual and hooked:
             raise self._refusal(
                 RuntimeError,
                 f'the base layer {type(base).__name__} has hooks, which would see W_res under residual="frozen"; '
@@ -335,7 +335,7 @@ class GuardedLinear(LoraLinear):
         A, B = self.A, self.B
         if A.shape != self.shapes[0] or B.shape != self.shapes[1]:
             raise self._replaced()
-        if not plain:
+        if hooked or self.calls_base:
             y = base(x)
             return y + self._adapter_output(x, A, B).to(y.dtype)
         dropout = self.lora_dropout[self.adapter]
@@ -357,13 +357,13 @@ class GuardedLinear(LoraLinear):
 
     def _adapter_output(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         """``s·drop(x) (A P)ᵀ Bᵀ − s·x (A₀P)ᵀ B₀ᵀ``, one product with the B factors so that the two cancel before
-        rounding."""
+        rounding; without the second term where the base computes with W_res."""
         if A.is_meta or B.is_meta:
             self.check_invariant()
         projector = None if self.step_mode else self.projector
         h = functional.linear(self.lora_dropout[self.adapter](x), _Fold.apply(A, projector).to(x.dtype))
         B = self.scale * B
-        if self.frozen_A is not None and self.frozen_B is not None:
+        if self.frozen_A is not None and self.frozen_B is not None and not self.weight_is_residual:
             h = torch.cat([h, functional.linear(x, self.frozen_A.to(x.dtype))], dim=-1)
             B = torch.cat([B, -self.scale * self.frozen_B.to(B.dtype)], dim=1)
         return functional.linear(h, B.to(x.dtype))

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def parametrized(layer):
     "spoil, message",
     [
         (lambda layer: layer.A.data.fill_(torch.nan), "non-finite"),
-        (hooked, "hooks of its own"),
+        (hooked, "its Linear has hooks"),
         (parametrized, "computed from other parameters"),
     ],
     ids=["NaN", "hook", "parametrization"],
@@ -403,28 +404,36 @@ class Rounded(nn.Linear):
         return torch.einsum("...i,oi->...o", x, self.weight) + (0 if self.bias is None else self.bias)
 
 
-def test_subclass_with_a_forward_of_its_own_is_called(tiny):
+@pytest.mark.parametrize("residual", ["virtual", "frozen"])
+def test_subclass_with_a_forward_of_its_own_is_called(tiny, residual):
     base = tiny.base("plain")
     own = Rounded(12, 20)
     own.load_state_dict(base.up.state_dict())
     base.up = own
+    weight = own.weight.detach().clone()
     stats = gk.collect_statistics(base, [{"input_ids": tiny.batch()["input_ids"][:, :4]}], progress=False)
     plan = gk.plan_guard(base, stats, gk.GuardConfig(rank=2, protect=0.9), progress=False, allow_few_prompts=True)
-    with pytest.raises(ValueError, match=r"layer up: residual=.frozen. .*forward or hooks of Rounded's own"):
-        gk.attach_guard(base, plan, residual="frozen")
-    model = gk.attach_guard(base, plan)
-    called = []
-    own.register_forward_hook(lambda *_: called.append(1))
-    assert close(tiny.logits(model, "plain"), tiny.logits(tiny.base("plain"), "plain"))
-    assert called
-    with pytest.raises(ValueError, match=r"layer up: .*cannot be merged: its Rounded has a forward"):
-        model.merge_adapter()
+    model = gk.attach_guard(base, plan, residual=residual)
+    wanted = tiny.logits(tiny.base("plain"), "plain")
+    with mock.patch.object(Rounded, "forward", autospec=True, side_effect=Rounded.forward) as called:
+        assert close(tiny.logits(model, "plain"), wanted)
+        assert called.call_count == 1
+    with model.disable_adapter():
+        assert close(tiny.logits(model, "plain"), wanted)
+    tiny.train(model, kind="plain")
+    moved = tiny.logits(model, "plain")
+    assert not close(moved, wanted)
+    model.merge_adapter()
+    assert close(tiny.logits(model, "plain"), moved)
+    model.unmerge_adapter()
+    assert close(tiny.logits(model, "plain"), moved)
+    assert torch.equal(model.unload().up.weight, weight)
 
 
 def test_frozen_residual_takes_no_hooks(tiny):
     base = tiny.base()
     steer(base.model.layers[0].mlp.up_proj)
-    with pytest.raises(ValueError, match=rf"layer {LAYER}: residual=.frozen. .*hooks of Linear's own"):
+    with pytest.raises(ValueError, match=rf"layer {LAYER}: residual=.frozen. .*hooks of its Linear"):
         gk.attach_guard(base, tiny.plan(), residual="frozen")
     model = tiny.guarded(residual="frozen")
     steer(layer_of(model).get_base_layer())
