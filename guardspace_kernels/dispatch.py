@@ -125,12 +125,12 @@ def can_use(op: str, *args: Any, backend: str) -> tuple[bool, str]:
     return implementation.accepts(*args)
 
 
-def resolve(op: str, entry: str, *args: Any, told: str | None = None) -> Callable[..., Any]:
+def resolve(op: str, entry: str, *args: Any, backend: str | None = None) -> Callable[..., Any]:
     """The function that runs ``entry`` of ``op`` on ``args``; RuntimeError if the requested backend refuses.
 
-    ``told`` is the request of an earlier call, 'auto' included; None asks for the one of now.
+    ``backend`` is the request of an earlier call, 'auto' included; None asks for the one of now.
     """
-    name = told or requested_backend() or "auto"
+    name = backend or requested_backend() or "auto"
     if name != "auto":
         ok, reason = can_use(op, *args, backend=name)
         if not ok:

@@ -371,7 +371,7 @@ def test_the_ops_are_registered_as_torch_wants_them():
     pair, dropout = [call["frozen_A"], call["frozen_B"]], [0.5, torch.tensor(3)]
     forward, backward = (getattr(torch.ops.guardspace, f"projected_lora_{name}") for name in ("forward", "backward"))
     _, h, A_P = forward(x, *layer_of, None, *pair, *dropout, None)
-    torch.library.opcheck(backward.default, (dy, x, h, A_P, *layer_of, *pair, *dropout, None, [True] * 3))
+    torch.library.opcheck(backward.default, (dy, x, h, A_P, *layer_of, *pair, *dropout, None, [True] * 3, None))
     for leaf in (x, call["lora_A"], call["lora_B"]):
         leaf.requires_grad_()
     torch.library.opcheck(forward.default, (x, *layer_of, None, *pair, *dropout, None))

@@ -42,7 +42,8 @@ def lora_backward() -> dict[str, Any]:
     call = lora()
     y, h, A_P = OPS.projected_lora_forward(*call.values())
     x, _ = call.pop("x"), call.pop("bias")
-    return {"dy": torch.randn(y.shape), "x": x, "h": h, "A_P": A_P, **call, "needs": [True, True, True], "told": None}
+    grads = {"dy": torch.randn(y.shape), "x": x, "h": h, "A_P": A_P}
+    return {**grads, **call, "needs": [True, True, True], "backend": None}
 
 
 def adamw() -> dict[str, Any]:

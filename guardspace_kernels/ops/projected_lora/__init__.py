@@ -200,17 +200,17 @@ def _forward_fake(
 def _backward(
     dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A_P: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    *arguments, needs, told = rest
+    *arguments, needs, backend = rest
     layer = reference.Layer(*arguments)
     _check_backward(dy, x, h, A_P, layer, needs)
-    run = dispatch.resolve(_OP, "backward", x, layer.weight, layer.lora_A, layer.lora_B, layer.basis, told=told)
+    run = dispatch.resolve(_OP, "backward", x, layer.weight, layer.lora_A, layer.lora_B, layer.basis, backend=backend)
     return run(dy, x, h, A_P, layer, needs)
 
 
 def _backward_fake(
     dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A_P: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    *arguments, needs, _told = rest
+    *arguments, needs, _backend = rest
     layer = reference.Layer(*arguments)
     _check_backward(dy, x, h, A_P, layer, needs)
     dx, dA, dB = (
@@ -229,7 +229,7 @@ define(
 )
 define(
     "projected_lora_backward(Tensor dy, Tensor x, Tensor h, Tensor A_P, Tensor weight, Tensor lora_A, Tensor lora_B, "
-    f"Tensor? basis, bool complement, float scale, {_TAIL}, bool[] needs, str? told) "
+    f"Tensor? basis, bool complement, float scale, {_TAIL}, bool[] needs, str? backend) "
     "-> (Tensor dx, Tensor dA, Tensor dB)",
     _backward,
     _backward_fake,
@@ -251,7 +251,7 @@ class _ProjectedLora(torch.autograd.Function):
         ctx.save_for_backward(x, h, A_P, weight, lora_A, lora_B, basis, frozen_A, frozen_B, seed)
         ctx.complement, ctx.scale, ctx.dropout, ctx.output_sizes = complement, scale, dropout, sizes
         # Each backend draws masks of its own. While a graph is traced no backend has run yet.
-        ctx.told = (dispatch.requested_backend() or "auto") if dropout and type(y) is torch.Tensor else None
+        ctx.backend = (dispatch.requested_backend() or "auto") if dropout and type(y) is torch.Tensor else None
         return y, h, A_P
 
     @staticmethod
@@ -263,7 +263,7 @@ class _ProjectedLora(torch.autograd.Function):
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
         dx, dA, dB = _autograd_of_backward(
             dy, x, h, A_P, weight, lora_A, lora_B, basis, ctx.complement, ctx.scale, frozen_A, frozen_B,
-            ctx.dropout, seed, ctx.output_sizes, needs, ctx.told,
+            ctx.dropout, seed, ctx.output_sizes, needs, ctx.backend,
         )  # fmt: skip
         return (dx if needs[0] else None, None, dA if needs[1] else None, dB if needs[2] else None, *nothing[4:])
 
