@@ -27,7 +27,8 @@ from guardspace_kernels.guard.batches import (
 from guardspace_kernels.guard.collecting.checkpoint import Checkpoint
 from guardspace_kernels.guard.collecting.collector import Collector, EnoughError
 from guardspace_kernels.guard.collecting.scout import scouted
-from guardspace_kernels.guard.collecting.trial import Trial, listed
+from guardspace_kernels.guard.collecting.trial import Trial
+from guardspace_kernels.guard.collecting.witness import listed
 from guardspace_kernels.guard.exclusive import Unchanged
 from guardspace_kernels.guard.files import StoredTensor
 from guardspace_kernels.guard.fingerprint import ModelFingerprint

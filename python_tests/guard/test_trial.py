@@ -296,6 +296,35 @@ def test_rounding_is_no_difference(dtype):
         assert collect(model, [batch_of(side=side)]).inputs[0].tokens == sum(map(len, PROMPTS)) - len(PROMPTS)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_rounding_that_grows_through_many_blocks_is_no_difference(kind, dtype):
+    sizes = {"vocab_size": 60, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    if kind == "llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=48))
+    else:  # rounding sends tokens to other experts
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_hidden_layers=24))
+    ids = torch.randint(3, 60, (2, 24))
+    for padding in (slice(0, 8), slice(16, 24)):
+        mask = torch.ones_like(ids)
+        mask[0, padding] = 0
+        batch = {"input_ids": ids, "attention_mask": mask}
+        stats = collect(model.to(dtype).eval(), [batch], target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+        assert stats.inputs[0].tokens == 16 + 24 - 2
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "recurrent gemma", "bart's decoder", "padding is read"])
+def test_what_is_read_otherwise_is_refused_in_16_bits_too(kind):
+    model, target = Reader(), "all-linear"
+    if kind != "padding is read":
+        model = randomised(tiny_bart(True) if "bart" in kind else recurrent(kind))
+        target = ["self_attn.q_proj", "fc1"] if "bart" in kind else "all-linear"
+    with pytest.raises(ValueError, match="padded on the left is not read as it is alone"):
+        collect(model.bfloat16(), [batch_of(side="left")], target_modules=target)
+
+
 def test_hooks_that_change_a_layer_are_refused_and_others_are_not():
     model, called = tiny_llama(), []
     layer = model.model.layers[0].mlp.up_proj
