@@ -157,10 +157,11 @@ def collect_statistics(
         answer_tokens: generate this many tokens of the model's own greedy answer and include them: refusing is
             decided there.
         separate_sink: False counts the first token as any other.
-        separate_prefix: up to so many tokens that all prompts of a batch begin with are kept out of C and apart, like
-            the first one: each has the same input in every prompt of a causal model, and one direction protects it
-            wholly. Where three template tokens dwarf the inputs of a layer of SmolLM2-135M, 15.8% of the requests'
-            energy lies outside of what ``protect=0.99`` protects without it, and 1.4% with it. Experts count them.
+        separate_prefix: up to so many tokens that all prompts of a batch, and the very first one, begin with (so many
+            of a first batch of one prompt) are kept out of C and apart, like the first one: each has the same input in
+            every prompt of a causal model, and one direction protects it wholly. Where three template tokens dwarf the
+            inputs of a layer of SmolLM2-135M, 15.8% of the requests' energy lies outside of what ``protect=0.99``
+            protects without it, and 1.4% with it. Experts count them.
         kind_weights: of "template", "request" and "answer" tokens, default 1: ``C = Σ_k w_k · X_kᵀ X_k``. What a plan
             then protects, and what :func:`guardspace_kernels.certify` says, is of tokens so weighted. Not with experts.
         dtype: of C: float32 or float64 (for ``rule="paper"``, whose threshold float32 hardly resolves).

@@ -188,7 +188,7 @@ class Template:
     All prompts of a batch, that is, and the very first prompt, so that batches of one prompt will do.
 
     Attributes:
-        before: how many tokens the latest batch's prompts begin with.
+        before: how many tokens the latest batch's prompts, and the first one, begin with: all, if there is but one.
     """
 
     def __init__(self) -> None:
@@ -202,9 +202,11 @@ class Template:
         if ids is not None and len(ids):
             prompts = [row[real].tolist() for row, real in zip(ids.cpu(), mask, strict=True)]
             self.first = self.first or prompts[0]
-            self.before, after = _shared([self.first, *prompts])
+            before, after = _shared([self.first, *prompts])
+            # Of one prompt nobody knows yet where the template ends.
+            self.before = len(self.first) if all(prompt == self.first for prompt in prompts) else before
             places = mask.long().cumsum(dim=1) - 1
-            kinds[(places < self.before) | (places >= mask.sum(dim=1, keepdim=True) - after)] = TEMPLATE
+            kinds[(places < before) | (places >= mask.sum(dim=1, keepdim=True) - after)] = TEMPLATE
         return kinds if given is None else _checked(given, index, mask)
 
 

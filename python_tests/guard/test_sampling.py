@@ -316,6 +316,12 @@ def test_a_shared_prefix_is_kept_apart_like_the_first_token(side):
             assert a.tokens == b.tokens - (apart - 1) * 20
             more = a.sinks[1:]
             torch.testing.assert_close(a.covariance + 20 * more.T @ more, b.covariance)
+    singly = collect(model, batches(prompts, 1, side), separate_prefix=3, **options)
+    for a, b in zip(
+        singly.inputs, collect(model, batches(prompts, 5, side), separate_prefix=3, **options).inputs, strict=True
+    ):
+        assert len(a.sinks) == 3 and a.sink_tokens == 3 * 20
+        torch.testing.assert_close(a.covariance, b.covariance)
     with pytest.raises(ValueError, match="separate_prefix needs separate_sink=True"):
         collect(model, separate_prefix=2, separate_sink=False)
     with pytest.raises(ValueError, match="separate_prefix must be 0 or more, got -1"):
