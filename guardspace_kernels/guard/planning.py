@@ -73,18 +73,22 @@ def _space_for(
             protect_dims=config.protect_dims,
         )
     except EmptyNullSpaceError as error:
-        change = {
-            "energy": f"lower protect (now {config.protect})",
-            "rank": f"lower protect_dims (now {config.protect_dims})",
-            "paper": 'use rule="energy" (an outlier or plentiful tokens defeat the paper\'s threshold)',
-        }[config.rule]
         raise EmptyNullSpaceError(
-            f"layer {layer}: {error}, so its adapter could never learn; {change}, or leave the layer out"
+            f"layer {layer}: {error}, so its adapter could never learn; {_protect_less(config)}, or leave the layer out"
         ) from error
     except ValueError as error:
         raise ValueError(f"layer {layer}: {error}; collect the statistics again") from error
     space.basis = space.basis.float().cpu()
     return space
+
+
+def _protect_less(config: GuardConfig) -> str:
+    """What to change so that fewer directions are protected."""
+    return {
+        "energy": f"lower protect (now {config.protect})",
+        "rank": f"lower protect_dims (now {config.protect_dims})",
+        "paper": 'use rule="energy" (an outlier or plentiful tokens defeat the paper\'s threshold)',
+    }[config.rule]
 
 
 def _carried(entry: InputStatistics, config: GuardConfig, device: torch.device) -> tuple[float, float] | None:
@@ -234,7 +238,7 @@ def plan_guard(
         if reason and not allow_few_prompts:
             raise ValueError(
                 f"layer {mine[0]}: {reason}, fewer than two each: what they protect carries little to other prompts; "
-                "collect statistics on more, lower protect, or pass allow_few_prompts=True"
+                f"collect statistics on more, {_protect_less(config)}, or pass allow_few_prompts=True"
             )
         damped = DampedCovariance(covariance, config.damping) if config.init != "zero" else None
         del covariance
@@ -262,8 +266,8 @@ def plan_guard(
     if not of_layer:
         name, reason = next(iter(left_out.items()))
         raise ValueError(
-            f"every layer is left out, first {name} ({reason}); collect statistics on more prompts, lower protect, or "
-            "add layers to target_modules"
+            f"every layer is left out, first {name} ({reason}); collect statistics on more prompts, "
+            f"{_protect_less(config)}, or add layers to target_modules"
         )
     layers = {name: of_layer[name] for name in names if name in of_layer}
     told = [one.coverage for one in kept if one.coverage is not None]

@@ -126,12 +126,17 @@ def test_one_prompt_is_refused_and_says_why_and_what_to_do():
     assert text.splitlines()[1] == "warning: planned from 1 prompts, fewer than 16: collect more"
     assert len(gk.plan_guard(model, stats, gk.GuardConfig(rank=3, projector=False), progress=False).layers) == 14
     enough = collect(model, [batch_of([p[:2] for p in MANY])])
-    with pytest.raises(
-        ValueError,
-        match=r"layer model\.layers\.0\.self_attn\.q_proj: \d+ directions to protect, but only 24 calibration tokens, "
-        r"fewer than two each: .*lower protect, or pass allow_few_prompts=True",
+    for config, advice in (
+        ({}, r"lower protect \(now 0\.99\)"),
+        ({"rule": "rank", "protect_dims": 20}, r"lower protect_dims \(now 20\)"),
+        ({"rule": "paper"}, 'use rule="energy"'),
     ):
-        gk.plan_guard(model, enough, gk.GuardConfig(rank=3), progress=False)
+        wanted = (
+            r"layer model\.layers\.0\.self_attn\.q_proj: \d+ directions to protect, but only 24 calibration tokens, "
+        )
+        wanted += rf"fewer than two each: .*on more, {advice}.*, or pass allow_few_prompts=True"
+        with pytest.raises(ValueError, match=wanted):
+            gk.plan_guard(model, enough, gk.GuardConfig(rank=3, **config), progress=False)
     assert plan_for(model, enough, protect=0.99).layers
     plan = gk.plan_guard(model, collect(model, [batch_of(MANY)]), gk.GuardConfig(rank=3), progress=False)
     assert str(plan).startswith("protection carries to held-out prompts: ")
