@@ -98,7 +98,8 @@ def _planned(
 def _warn_if_slow(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     slow = [name for name in layers if model.get_submodule(name).weight.dtype == torch.bfloat16]
     on_cpu = bool(slow) and model.get_submodule(slow[0]).weight.device.type == "cpu"
-    if on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    # Without oneDNN, as on Apple's processors, there is nobody to ask.
+    if on_cpu and torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         warnings.warn(
             f"layer {slow[0]} is bfloat16, which this CPU has no instructions for: expect some 40 times the time of "
             "float32. Collect from model.float(): a plan made so is one for the bfloat16 model as well",

@@ -180,3 +180,6 @@ def test_bfloat16_without_instructions_for_it_is_warned_of(monkeypatch, recwarn)
         UserWarning, match=r"q_proj is bfloat16, which this CPU has no instructions for.*model\.float\(\)"
     ):
         collect(model)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)  # a build without it
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    collect(model)
