@@ -43,6 +43,11 @@ def prompt_batches(
         integer("max_tokens", max_tokens, 1)
     if isinstance(tokenizer, type) or not (callable(tokenizer) and hasattr(tokenizer, "apply_chat_template")):
         raise TypeError(f"tokenizer must be a tokenizer of Transformers, got {shown(tokenizer)}")
+    if any(kind.__name__ == "ProcessorMixin" for kind in type(tokenizer).__mro__):
+        raise TypeError(
+            f"tokenizer is a processor, {type(tokenizer).__name__}, of texts with images or sounds, which are not "
+            "collected; give its tokenizer (processor.tokenizer)"
+        )
     instance("prompts", prompts, (list, tuple), "a list of texts or conversations")
     if not prompts:
         raise ValueError("prompts is empty: at least one is needed")

@@ -100,3 +100,14 @@ def test_raw_prompts_get_the_tokenizers_special_tokens_and_no_template():
 def test_what_would_lose_a_request_is_refused(template, prompts, options, words):
     with pytest.raises(ValueError, match=words):
         prompt_batches(tokenizer(template), prompts, **options)
+
+
+def test_a_processor_is_refused_by_name():
+    from transformers import ProcessorMixin
+
+    class TinyProcessor(ProcessorMixin):
+        def __init__(self):
+            self.tokenizer, self.chat_template = tokenizer(PLAIN), PLAIN
+
+    with pytest.raises(TypeError, match=r"tokenizer is a processor, TinyProcessor, .*give its tokenizer \(processor\."):
+        prompt_batches(TinyProcessor(), ["w1"])
