@@ -325,6 +325,18 @@ def test_what_is_read_otherwise_is_refused_in_16_bits_too(kind):
         collect(model.bfloat16(), [batch_of(side="left")], target_modules=target)
 
 
+def test_a_default_dtype_of_16_bits_is_no_difference():
+    model = tiny_llama(dtype=torch.bfloat16)
+    wanted = collect(model, [batch_of(), batch_of(side="left")])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        stats = collect(model, [batch_of(), batch_of(side="left")])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(stats.inputs, wanted.inputs, strict=True):
+        assert torch.equal(a.covariance, b.covariance) and torch.equal(a.sinks, b.sinks)
+
+
 def test_hooks_that_change_a_layer_are_refused_and_others_are_not():
     model, called = tiny_llama(), []
     layer = model.model.layers[0].mlp.up_proj

@@ -55,7 +55,7 @@ class Witness(Collector):
             return
         rows = tokens.rows(x)
         generator = torch.Generator().manual_seed(0)
-        sketch = torch.randn(rows.shape[1], _SKETCH, generator=generator).to(rows.device)
+        sketch = torch.randn(rows.shape[1], _SKETCH, generator=generator, dtype=torch.float32).to(rows.device)
         self.eps = max(self.eps, torch.finfo(x.dtype).eps)
         self.sketches.setdefault(name, (rows.float() @ sketch).cpu())
 
@@ -119,7 +119,8 @@ def rounded_otherwise(model: nn.Module, seed: int) -> Iterator[None]:
             return None
         if result.device not in generators:
             generators[result.device] = torch.Generator(result.device).manual_seed(seed)
-        noise = torch.randn(result.shape, generator=generators[result.device], device=result.device)
+        generator = generators[result.device]
+        noise = torch.randn(result.shape, generator=generator, dtype=torch.float32, device=result.device)
         return (result * (1 + torch.finfo(result.dtype).eps * noise)).to(result.dtype)
 
     with ExitStack() as stack:
