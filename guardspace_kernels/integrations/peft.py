@@ -242,6 +242,8 @@ class GuardedModelMixin(CheckedState):
 
 def _before_forward(model: Any, _inputs: Any) -> None:
     if not model._trainable_checked and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if getattr(model, "_is_replica", False):
+            return  # of DataParallel, which gives it tensors in the place of parameters for one forward
         model.check_trainable()
         model._trainable_checked = True
 

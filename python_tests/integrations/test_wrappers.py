@@ -260,3 +260,21 @@ def test_a_sharded_adapter_is_not_exported_by_halves(tiny, trained, one_process,
             module.unshard()
     gk.export_lora(model, tmp_path / "adapter")
     assert files(tmp_path / "adapter") == trained[1]
+
+
+def test_replicas_of_data_parallel_train(tiny, monkeypatch):
+    """What the Trainer makes of a model on a machine with several GPUs that was started without torchrun."""
+    import importlib
+
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(
+        replicate,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach: [[t.view_as(t) for t in tensors] for _ in devices],
+    )
+    model, whole, batch = tiny.guarded().train(), tiny.guarded().train(), tiny.batch()
+    for replica in replicate.replicate(model, [0, 1]):
+        (replica(**batch).loss / 2).backward()
+    whole(**batch).loss.backward()
+    gradients = [{name: p.grad for name, p in m.named_parameters() if p.requires_grad} for m in (model, whole)]
+    torch.testing.assert_close(*gradients)
