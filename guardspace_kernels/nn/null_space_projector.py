@@ -84,9 +84,9 @@ class NullSpaceProjector(nn.Module):
         return k if self.complement else d - k
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x P`` (..., d) in the dtype of x, formed in the wider of its and the basis's, under autocast too."""
         if not isinstance(x, torch.Tensor) or x.dim() < 1 or x.shape[-1] != self.basis.shape[0]:
             raise ValueError(f"x must be a tensor (..., d) with d = {self.basis.shape[0]}, got {shown(x)}")
-        """``x P`` (..., d) in the dtype of x, formed in the wider of its and the basis's, under autocast too."""
         dtype = torch.promote_types(x.dtype, self.basis.dtype)
         with torch.autocast(x.device.type, enabled=False):
             wide, basis = x.to(dtype), self.basis.to(dtype)
