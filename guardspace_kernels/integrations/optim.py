@@ -53,9 +53,10 @@ def _before_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 class OptimizerGuard:
     """Handle of :func:`guard_optimizer`. ``remove()``, or leaving it as a context, returns to forward mode.
 
-    So does whatever takes A out of the optimiser's hands: another optimiser that steps it, or steps anything while this
-    one waits to step, the end of this one, a parameter that is replaced. Step mode is never left on without a
-    projection after the step.
+    So does whatever takes A out of the optimiser's hands: another optimiser that steps it, the end of this one, a
+    parameter that is replaced. While another one steps anything between a backward and this one's step, which may be a
+    framework's that steps copies of A, the layers are in forward mode until this one steps. Step mode is never left on
+    without a projection after the step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, layers: list[Any]) -> None:
@@ -65,13 +66,9 @@ class OptimizerGuard:
         self._optimizer = weakref.ref(optimizer)
         self._end = weakref.finalize(optimizer, self.remove)
         self._end.atexit = False
-        bases, complements = _projectors(layers)
-        with torch.no_grad():
-            null_project_([layer.A for layer in layers], bases, complements)
         self._waiting = False  # whether gradients came since the last step
         self._handles = [layer.A.register_post_accumulate_grad_hook(self._gradient_hook(layer)) for layer in layers]
-        for layer in layers:
-            layer.step_mode = True
+        self._step_mode(True)
         if _before_any_step not in _global_optimizer_pre_hooks.values():
             register_optimizer_step_pre_hook(_before_any_step)
         _active.add(self)
@@ -86,23 +83,30 @@ class OptimizerGuard:
 
         return hook
 
+    def _step_mode(self, on: bool) -> None:
+        if on:
+            self.after_step()
+        for layer in self._layers:
+            layer.step_mode = on
+
     def remove(self) -> None:
         _active.discard(self)
         self._end.detach()
         for handle in self._handles:
             handle.remove()
-        for layer in self._layers:
-            layer.step_mode = False
+        self._step_mode(False)
         self._handles, self._layers, self._held = [], [], []
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Of any optimiser; RuntimeError if ours lost a parameter that it guards, TypeError for a decay set since."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if optimizer is not self._optimizer():
-            # Or it steps copies of A while ours waits: DeepSpeed puts an optimiser of its own, over flat copies of all
-            # parameters, in the place of the one that it is given.
-            if self._waiting or any(id(A) in held for A, _ in self._held):
+            if any(id(A) in held for A, _ in self._held):
                 self.remove()
+            elif self._waiting:
+                # It may step copies of A: DeepSpeed puts an optimiser of its own, over flat copies of all parameters,
+                # in the place of the one that it is given, which then never steps.
+                self._step_mode(False)
             return
         self._waiting = False
         lost = [
@@ -122,6 +126,8 @@ class OptimizerGuard:
         except Exception:
             self.remove()
             raise
+        if not all(layer.step_mode for layer in self._layers):
+            self._step_mode(True)
 
     @torch.no_grad()
     def after_step(self, *_: Any) -> None:
@@ -166,8 +172,9 @@ def guard_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optim
     Saves the ``4·r·d_in·k`` FLOPs of ``A P`` per layer and forward. The trajectory of ``A P`` is that of forward mode,
     gradient clipping included, because each gradient is projected as soon as it is accumulated. While the guard is on,
     only this optimiser may change A; saving and certifying check that. The layers return to forward mode when another
-    optimiser steps A, or steps at all between backward and this one's step (DeepSpeed puts its own in place of the one
-    that it is given), when this one is deleted, and when a parameter is replaced: then its next step raises.
+    optimiser steps A, when this one is deleted, and when a parameter is replaced: then its next step raises. From
+    another optimiser's step between backward and this one's step on they are in forward mode until this one steps
+    (DeepSpeed puts its own in place of the one that it is given).
 
     Args:
         optimizer: AdamW, SGD, or Adam, NAdam, RAdam with decoupled or no decay, Adamax, RMSprop, Adagrad without
@@ -201,7 +208,10 @@ def _guarded_layers(model: nn.Module) -> list[Any]:
         if check is not None:
             check(inside, sharding(model))
     if any(layer.step_mode for layer in layers):
-        raise ValueError("the model is in step mode already; remove the first guard before adding another")
+        raise ValueError(
+            "the model is in step mode already; remove the first guard before adding another: remove() of what "
+            "guard_optimizer returned, remove_guard() of a GuardedAdamW, or delete that optimiser"
+        )
     return layers
 
 

@@ -154,12 +154,51 @@ def test_an_optimiser_of_other_parameters_that_steps_after_ours_leaves_step_mode
         tiny.train(model, ours, steps=1)
         other.step()
     assert modes(model) == {True}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_models_with_an_optimiser_each_return_to_step_mode_with_their_own_steps(tiny, name):
+    models = [tiny.guarded(dtype=torch.float64) for _ in range(2)]
+    optimizers = [OPTIMIZERS[name](tiny, model) for model in models]
+    for step in range(3):
+        for model in models:
+            model(**tiny.batch(seed=step)).loss.backward()
+        optimizers[0].step()
+        assert [modes(model) for model in models] == [{True}, {False}]  # the other's may be a copy of ours
+        with torch.no_grad():
+            next(iter(models[1].guarded_layers().values())).A.add_(0.1)
+        assert tiny.drift(models[1])[0] < 1e-12
+        optimizers[1].step()
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            assert modes(model) == {True} and tiny.drift(model)[0] < 1e-12 and tiny.drift(model)[1] > 1e-4
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_new_optimiser_takes_the_place_of_one_that_waits(tiny, name):
+    model = tiny.guarded()
+    first = OPTIMIZERS[name](tiny, model)
     model(**tiny.batch()).loss.backward()
-    other.step()
-    assert modes(model) == {False}
-    ours.step()
-    tiny.train(model, ours, steps=2)
-    assert tiny.drift(model)[0] < 1e-6
+    torch.optim.SGD(nn.Linear(2, 2).parameters()).step()
+    second = OPTIMIZERS[name](tiny, model)
+    tiny.train(model, second, steps=2)
+    assert modes(model) == {True} and tiny.drift(model)[0] < 1e-6
+    tiny.train(model, first, steps=1)
+    assert modes(model) == {False} and tiny.drift(model)[0] < 1e-6
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_layer_without_gradient_returns_to_step_mode_projected(tiny, name):
+    model = tiny.guarded()
+    optimizer = OPTIMIZERS[name](tiny, model)
+    model(**tiny.batch()).loss.backward()
+    torch.optim.SGD(nn.Linear(2, 2).parameters()).step()
+    layer = next(iter(model.guarded_layers().values()))
+    layer.A.grad = None
+    with torch.no_grad():
+        layer.A.add_(0.1)
+    optimizer.step()
+    assert modes(model) == {True} and tiny.drift(model)[0] < 1e-6
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
