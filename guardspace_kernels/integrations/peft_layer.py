@@ -13,7 +13,7 @@ from torch import nn
 from guardspace_kernels.guard.adapted import LEAK_TOLERANCE
 from guardspace_kernels.guard.attach import LayerGuard, compute_device, computes_weight
 from guardspace_kernels.guard.fingerprint import TensorMark
-from guardspace_kernels.guard.layers import is_conv1d, linear_weight, parameter_values
+from guardspace_kernels.guard.layers import is_conv1d, parameter_values
 from guardspace_kernels.nn import NullSpaceProjector
 from guardspace_kernels.nn.projected_lora_linear import delta_factors, has_hooks, merged_weight
 from guardspace_kernels.ops import projected_lora
@@ -35,6 +35,8 @@ class GuardedLinear(LoraLinear):
     ``residual="frozen"`` keeps W, each a copy in host memory.
     """
 
+    #: Whether :meth:`install_guard` was called.
+    guarded = False
     adapter: str
     projector: NullSpaceProjector | None
     frozen_A: torch.Tensor | None
@@ -55,7 +57,7 @@ class GuardedLinear(LoraLinear):
             with torch.no_grad():
                 factor.weight.copy_(start)
         A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        self.adapter = adapter
+        self.adapter, self.guarded = adapter, True
         self.guard = guard
         # PEFT gives every layer the configuration's value, whichever of Linear and Conv1D it is.
         self.fan_in_fan_out = is_conv1d(base)
@@ -81,10 +83,6 @@ class GuardedLinear(LoraLinear):
         super().__setstate__(state)
         # A copy is in no optimiser's hands: its parameters lost the hooks that step mode relies on.
         self.step_mode = False
-
-    @property
-    def guarded(self) -> bool:
-        return hasattr(self, "adapter")
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if self.guarded:
@@ -311,15 +309,15 @@ class GuardedLinear(LoraLinear):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self.guarded:
             raise RuntimeError("this layer has no guard yet; build the model with attach_guard(model, plan)")
-        if args or any(value is not None for value in kwargs.values()):
+        if args or (kwargs and any(value is not None for value in kwargs.values())):
             raise ValueError(
                 f"a guarded layer takes its input alone, got also {sorted(kwargs) or 'positional arguments'}"
             )
-        base = self.base_layer
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+        base, disabled = self.base_layer, self.disable_adapters
         if self.merged:
-            return base(x)
+            if not disabled:
+                return base(x)
+            self.unmerge()
         hooked = has_hooks(base)
         if self.weight_is_residual and hooked:
             raise self._refusal(
@@ -327,11 +325,11 @@ class GuardedLinear(LoraLinear):
                 f'the base layer {type(base).__name__} has hooks, which would see W_res under residual="frozen"; '
                 'remove them, or attach with residual="virtual"',
             )
-        if self.disable_adapters:
+        if disabled:
             if not self.weight_is_residual:
                 return base(x)
             A0, B0 = self.frozen_factors
-            return projected_lora(x, linear_weight(base), A0, B0, scale=self.scale, bias=base.bias)
+            return projected_lora(x, self._oriented(base.weight), A0, B0, scale=self.scale, bias=base.bias)
         A, B = self.A, self.B
         if A.shape != self.shapes[0] or B.shape != self.shapes[1]:
             raise self._replaced()
@@ -343,7 +341,7 @@ class GuardedLinear(LoraLinear):
         project = self.projector is not None and (self._kept_A is None or not self.step_mode)
         return projected_lora(
             x,
-            linear_weight(base),
+            self._oriented(base.weight),
             A,
             B,
             self.projector.basis if project and self.projector is not None else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import sys
 import weakref
 from unittest import mock
 
@@ -510,3 +511,26 @@ def test_layer_that_no_hook_of_its_own_loads_is_refused():
 
     with pytest.raises(ValueError, match="layer a: its weight is on the meta device and no hook of its own loads it"):
         compute_device("a", nn.Linear(2, 2, device="meta"))
+
+
+def test_a_layer_asks_little_in_each_forward_and_backward(tiny):
+    """Of the layer and its op, in Python: what every layer of every step pays around the kernels."""
+    layer = tiny.guarded().guarded_layers()[LAYER]
+    x, calls = torch.randn(2, 3, 16), []
+
+    def count(frame, event, _argument):
+        file = frame.f_code.co_filename
+        if (
+            event == "call"
+            and "guardspace_kernels" in file
+            and file.endswith(("__init__.py", "_library.py", "layer.py"))
+        ):
+            calls.append(frame.f_code.co_name)
+
+    layer(x).sum().backward()
+    sys.setprofile(count)
+    try:
+        layer(x).sum().backward()
+    finally:
+        sys.setprofile(None)
+    assert len(calls) <= 48, calls

@@ -58,7 +58,7 @@ def _check(
     if weight.dim() != 2:
         raise ValueError(f"{_OP}: weight must be (d_out, d_in), got shape {shape(weight)}")
     d_out, d_in = weight.shape
-    if x.dim() < 1 or x.shape[-1] != d_in:
+    if x.shape[-1:] != (d_in,):
         raise ValueError(f"{_OP}: x must be (..., d_in) with d_in = {d_in} (weight is {shape(weight)}), got {shape(x)}")
     if bias is not None:
         require_dense(_OP, bias=bias)
@@ -102,10 +102,11 @@ def _check_backward(
 ) -> None:
     weight, lora_A, lora_B, basis, _, _, frozen_A, frozen_B, dropout, seed, sizes = layer
     _check(x, weight, lora_A, lora_B, basis, None, frozen_A, frozen_B, dropout, seed, sizes)
-    require_dense(_OP, dy=dy, h=h, A_P=A_P)
     tokens, rows = x.shape[:-1], lora_A.shape[0]
     expected = (("dy", dy, (*tokens, weight.shape[0])), ("h", h, (*tokens, rows)), ("A_P", A_P, tuple(lora_A.shape)))
     for name, t, size in expected:
+        if t is None or t.layout != torch.strided:
+            require_dense(_OP, **{name: t})
         if t.shape != size or t.dtype != x.dtype or t.device != x.device:
             raise ValueError(
                 f"{_OP}: {name} must be {x.dtype} of shape {size} on {x.device} (x is {shape(x)}, weight "
@@ -138,13 +139,13 @@ def check_layer(
 
 
 def _check_pair(kind: str, A: torch.Tensor, B: torch.Tensor, d_in: int, d_out: int, parts: int) -> None:
-    if A.dim() != 2 or A.shape[1] != d_in or A.shape[0] < 1 or A.shape[0] % parts:
+    if A.shape[1:] != (d_in,) or A.shape[0] < 1 or A.shape[0] % parts:
         times = "" if parts == 1 else f"{parts} · "
         raise ValueError(
             f"{_OP}: {kind}_A must be ({times}r, d_in) with r >= 1 and d_in = {d_in}, got shape {shape(A)}"
         )
     r = A.shape[0] // parts
-    if B.dim() != 2 or B.shape != (d_out, r):
+    if B.shape != (d_out, r):
         raise ValueError(
             f"{_OP}: {kind}_B must be (d_out, r) = ({d_out}, {r}) ({kind}_A is {shape(A)}), got {shape(B)}"
         )
