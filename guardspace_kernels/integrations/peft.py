@@ -88,7 +88,9 @@ class GuardedModelMixin(CheckedState):
         """
         kind = kind or sharding(self)  # type: ignore[arg-type]
         factors = (part[m.adapter] for m in self.guarded_layers().values() for part in (m.lora_A, m.lora_B))
-        if not kind and not all(isinstance(one._parameters.get("weight"), nn.Parameter) for one in factors):
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        # Without processes it is torch.func that puts other tensors there.
+        if distributed and not kind and not all(isinstance(f._parameters.get("weight"), nn.Parameter) for f in factors):
             kind = "FullyShardedDataParallel"
         if kind:
             raise TypeError(

@@ -278,3 +278,12 @@ def test_replicas_of_data_parallel_train(tiny, monkeypatch):
     whole(**batch).loss.backward()
     gradients = [{name: p.grad for name, p in m.named_parameters() if p.requires_grad} for m in (model, whole)]
     torch.testing.assert_close(*gradients)
+
+
+def test_a_functional_call_puts_other_tensors_in_place(tiny):
+    model, whole, batch = tiny.guarded().train(), tiny.guarded().train(), tiny.batch()
+    given = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+    loss = torch.func.functional_call(model, given, (), batch).loss
+    whole(**batch).loss.backward()
+    theirs = {name: p.grad for name, p in whole.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(dict(zip(given, torch.autograd.grad(loss, list(given.values())), strict=True)), theirs)
