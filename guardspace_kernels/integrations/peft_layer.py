@@ -391,7 +391,8 @@ def _is_cast_of(ours: torch.Tensor, start: torch.Tensor) -> bool:
 def second_adapter(name: str) -> ValueError:
     return ValueError(
         f"a guarded model takes no second adapter ({name!r}): it would not be confined to the null space. "
-        "A preference trainer that adds one as its reference policy takes ref_model= instead"
+        "A preference trainer that adds one as its reference policy takes ref_model= instead; TRL's GRPO and RLOO, "
+        "which take none, need beta=0"
     )
 
 
