@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from guardspace_kernels.guard.adapter_folder import GUARD_FILE
-from guardspace_kernels.guard.fingerprint import tensor_fingerprint
-from guardspace_kernels.guard.layers import adapted_base, named_submodules
+from guardspace_kernels.guard.fingerprint import ROUNDED, TensorMark, tensor_fingerprint
+from guardspace_kernels.guard.layers import adapted_base, named_submodules, peft_model
 from guardspace_kernels.guard.weights import weights_of
 from guardspace_kernels.nn import ProjectedLoraLinear
 
@@ -68,8 +68,11 @@ def _embeddings(base: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def check_unchanged(model: nn.Module, beside: dict[str, torch.Tensor]) -> None:
     """ValueError that names the base weights and buffers that are others than at :func:`note_weights`, bit for bit, and
-    that ``beside`` does not hold. One pass over the weights, at memory speed; what was cast since is not compared."""
+    that ``beside`` does not hold. One pass over the weights, at memory speed; what was cast since is not compared, and
+    what was only rounded, by a cast there and back, is none of them."""
     base = adapted_base(model)
+    plan = getattr(peft_model(model), "guard_plan", None)
+    marks: dict[str, TensorMark] = (plan and plan.model.weights) or {}
     noted: dict[str, _Note] = getattr(base, _NOTED, {})
     residuals = {f"{n}.weight" for n, m in named_submodules(base) if getattr(m, "weight_is_residual", False)}
     changed = []
@@ -78,7 +81,9 @@ def check_unchanged(model: nn.Module, beside: dict[str, torch.Tensor]) -> None:
         if note is None or t.is_meta or t.dtype != note[0] or weight.name in residuals:
             continue
         if f"base_model.model.{weight.name}" not in beside and tensor_fingerprint(t) != note[2]:
-            changed.append(weight.name)
+            mark = marks.get(weight.name)
+            if mark is None or not TensorMark.of(t).difference(mark).startswith(ROUNDED):
+                changed.append(weight.name)
     if changed:
         raise ValueError(
             f"changed since attach_guard: {_shown(changed)}. The adapter's file does not hold them, and on the base "

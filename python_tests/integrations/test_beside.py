@@ -114,10 +114,17 @@ def test_what_was_trained_and_frozen_again_is_named(tiny, residual, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_is_only_cast_is_saved(tiny, tmp_path):
-    model = tiny.guarded().bfloat16()
+@pytest.mark.parametrize("residual", ["virtual", "frozen"])
+def test_a_model_that_is_only_cast_is_saved(tiny, residual, tmp_path):
+    model = tiny.guarded(residual=residual).bfloat16()
     tiny.train(model)
     model.save_pretrained(tmp_path)
+    model.float()  # the weights stay rounded
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight[3] += 1e-3
+    with pytest.raises(ValueError, match=r"changed since attach_guard: model\.norm\.weight\. "):
+        model.save_pretrained(tmp_path)
 
 
 def test_running_statistics_are_saved_or_refused(tmp_path):
