@@ -341,7 +341,8 @@ def attach_guard(
     Returns:
         A ``peft.PeftModel``, of PEFT's class for the model's task (``PeftModelForCausalLM`` for a model that generates
         from ``input_ids``), with ``lora_A`` and ``lora_B`` in float32, unless the model is in float64. Its first
-        forward in training raises where something is trainable that saving would lose, or where the model was sharded.
+        forward with gradients raises where something is trainable that saving would lose, or where the model was
+        sharded. ``state_dict`` gives copies: an average of weights must be kept over ``parameters()``.
 
     Raises:
         TypeError: the model has adapters already, or is sharded. ValueError: the plan is of another model, ``residual``
