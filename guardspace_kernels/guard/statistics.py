@@ -17,7 +17,7 @@ from guardspace_kernels.guard import forms
 from guardspace_kernels.guard.files import StoredTensor, open_tensors, save_tensors
 from guardspace_kernels.guard.fingerprint import ModelFingerprint, fingerprint_form
 from guardspace_kernels.guard.sampling import EQUAL, FEWEST_PROMPTS, KINDS, Sample, fewest
-from guardspace_kernels.guard.stored_inputs import checked_inputs
+from guardspace_kernels.guard.stored_inputs import check_prompts, checked_inputs
 from guardspace_kernels.ops import symmetrize_
 
 _KIND = "calibration statistics"
@@ -284,6 +284,7 @@ class CalibrationStatistics:
                 holds what statistics cannot be, such as non-finite values; the message names file and layer.
         """
         tensors, header = open_tensors(path, _KIND, _HEADER)
+        check_prompts(path, header)
         tensors = checked_inputs(path, tensors, header["inputs"], header["fingerprint"]["layers"])
         inputs = [InputStatistics.of(tensors, str(i), **entry) for i, entry in enumerate(header["inputs"])]
         counts = header.get("held_prompts", 0), tuple(header.get("kind_tokens", (0, 0, 0)))

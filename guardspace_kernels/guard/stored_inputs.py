@@ -20,6 +20,16 @@ _DTYPES = (torch.float32, torch.float64)
 _ROW_DTYPES = (*_DTYPES, torch.float16, torch.bfloat16)  # as a model computes
 
 
+def check_prompts(path: str | os.PathLike[str], header: Mapping[str, Any], least: int = 1) -> None:
+    """ValueError unless a file counts ``least`` prompts or more, and no fewer than it holds out or tells apart."""
+    prompts, held, distinct = header["prompts"], header.get("held_prompts", 0), len(header.get("distinct", ()))
+    if prompts < max(least, held, distinct):
+        raise ValueError(
+            f"{os.fspath(path)} counts {prompts} prompts, but {least} or more were collected, {held} of them can be "
+            f"held out and {distinct} are distinct; the file was altered: make it again"
+        )
+
+
 def checked_inputs(
     path: str | os.PathLike[str],
     tensors: Mapping[str, StoredTensor],

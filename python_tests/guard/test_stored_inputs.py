@@ -79,6 +79,8 @@ ON_LOADING = {
     "routed by a text": (entry(routed="no"), "routed must be true or false, got 'no'"),
     "an entry that is a list": (lambda _, h: h["inputs"].__setitem__(0, []), r"inputs\[0\] must be an object, got"),
     "no inputs": (lambda _, h: h.pop("inputs"), "header lacks inputs"),
+    "no prompts": (lambda _, h: h.update(prompts=0), "counts 0 prompts, but 1 or more were collected"),
+    "held out: more prompts than there are": (lambda _, h: h.update(held_prompts=6), "5 prompts.* 6 of them can"),
     "prompts of text": (lambda _, h: h.update(prompts="5"), r"header\.prompts must be a whole number"),
     "no fingerprint": (lambda _, h: h.update(fingerprint=None), r"header\.fingerprint must be an object, got None"),
     "a fingerprint of numbers": (lambda _, h: h["fingerprint"].update(model=1), "model must be a text, got 1"),
@@ -170,7 +172,9 @@ CHECKPOINTS = {
     **{name: ON_READING[name] for name in ON_READING if name not in ("zeros", "no tokens")},
     **{
         name: ON_LOADING[name]
-        for name in ("a sink that is NaN", "another width", "two dtypes", "a tensor less", "a tensor more")
+        for name in (
+            "a sink that is NaN", "another width", "two dtypes", "a tensor less", "a tensor more", "no prompts",
+        )
     },
     "no tokens": (
         lambda _, h: h["inputs"][0].__setitem__(slice(1, 5), [0, 2, 0, 0]),

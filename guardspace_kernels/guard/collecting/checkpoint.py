@@ -16,7 +16,7 @@ from guardspace_kernels.guard.fingerprint import ModelFingerprint, fingerprint_f
 from guardspace_kernels.guard.layers import linear_weight
 from guardspace_kernels.guard.sampling import FEWEST_PROMPTS, kept
 from guardspace_kernels.guard.statistics import InputStatistics
-from guardspace_kernels.guard.stored_inputs import checked_inputs
+from guardspace_kernels.guard.stored_inputs import check_prompts, checked_inputs
 
 _INPUT = forms.exactly(forms.several(forms.text, 1), *4 * [forms.count])
 _HEADER = forms.fields(
@@ -123,6 +123,7 @@ class Checkpoint:
 
     def _open(self, path: str | os.PathLike[str]) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
         tensors, header = open_tensors(path, self.KIND, _HEADER)
+        check_prompts(path, header, len(header["batches"]))
         names = ("layers", "tokens", "sink_tokens", "first_batch", "held_tokens")
         entries = [dict(zip(names, entry, strict=True)) for entry in header["inputs"]]
         return checked_inputs(path, tensors, entries, header["fingerprint"]["layers"], zeros=True), header
