@@ -117,12 +117,14 @@ def compile_job(job: Job) -> Entry:
 
     row, kernel = job.row, KERNELS[job.row.kernel]
     op, name = row.kernel.split(".")
-    function = getattr(importlib.import_module(f"guardspace_kernels.ops.{op}.triton_kernels"), name)
+    function = getattr(importlib.import_module(f"guardspace_kernels.ops.{op}.{kernel.module}"), name)
     dtypes = dict(zip(("*x", "*y", "*z"), job.dtypes.split(), strict=False))
     signature = {
         argument: f"*{dtypes[kind]}" if kind in dtypes else kind for argument, kind in kernel.arguments.items()
     }
     constants = {**dict(job.variant), **row.constants}
+    tiles = kernel.descriptors(constants)
+    signature |= {argument: f"tensordesc<{dtypes['*x']}{[*tile]}>" for argument, tile in tiles.items()}
     hints = {(list(signature).index(argument),): [["tt.divisibility", 16]] for argument in kernel.aligned}
     signature |= dict.fromkeys(constants, "constexpr")
     nvidia = job.target.startswith("sm")
@@ -134,7 +136,7 @@ def compile_job(job: Job) -> Entry:
     machine_code = compiled.asm["cubin"] if nvidia else compiled.asm["amdgcn"].encode()
     return {
         **job.key,
-        "warps": row.warps,
+        "warps": compiled.metadata.num_warps,  # with those that warp specialisation adds
         "stages": row.stages,
         "products": compiled.asm["ttir"].count("tt.dot "),
         "shared": compiled.metadata.shared,

@@ -106,7 +106,10 @@ class _Launch:
 
 
 def _tensors(arguments: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((name, value) for name, value in arguments.items() if isinstance(value, torch.Tensor))
+    matrices = (
+        (name, getattr(value, "base", value)) for name, value in arguments.items()
+    )  # a descriptor's is its base
+    return ((name, matrix) for name, matrix in matrices if isinstance(matrix, torch.Tensor))
 
 
 def watch(monkeypatch) -> None:

@@ -14,7 +14,15 @@ import triton.language as tl
 from oracle import assert_as_exact_as_plain, orthonormal
 
 import guardspace_kernels as gk
-from guardspace_kernels.ops import _triton, covariance_update_, null_project_, projected_lora, symmetrize_
+from guardspace_kernels.ops import (
+    _triton,
+    _triton_table,
+    covariance_update_,
+    null_project_,
+    projected_lora,
+    symmetrize_,
+)
+from guardspace_kernels.ops.projected_lora import triton_tma
 
 EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -96,6 +104,22 @@ def test_projected_lora(dtype, dropout):
         truth = gradients(*(t.double() for t in (x, W, A, B, Q, dy)), textbook)
         for mine, theirs, exact in zip(found, plain, truth, strict=True):
             assert_as_exact_as_plain(mine, theirs, exact)
+
+
+TMA_ROWS = [row for row in _triton_table.ROWS if row.kernel == "projected_lora.linear_tma"]
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["W", "the transpose of W"])
+@pytest.mark.parametrize("row", TMA_ROWS, ids=lambda row: f"{row.targets[0]} {row.key}")
+def test_the_base_product_by_tma(row, columns, monkeypatch):
+    """Without a bias: ttsem gives back what a launch wrote to its tensors, not to its descriptors alone, and then y is
+    among the former."""
+    monkeypatch.setattr(triton_tma, "_processors", lambda device: 3)  # fewer than the tiles
+    x, W, h, up = (torch.randn(*shape).bfloat16() for shape in ((200, 72), (520, 72), (200, 24), (24, 520)))
+    w = W.T.contiguous().to("cuda").T if columns else W.to("cuda")
+    y = triton_tma.linear(row, x.to("cuda"), w, None, h.to("cuda"), up.to("cuda"))
+    exact = x.double() @ W.double().T + h.double() @ up.double()
+    assert_as_exact_as_plain(y.cpu(), x @ W.T + h @ up, exact)
 
 
 @triton.jit

@@ -1,10 +1,11 @@
 """Every launch configuration of the Triton kernels: launches take their rows from here, checks compile the same rows.
 
-Nothing here imports Triton. A kernel is named ``<op>.<function>`` and stands in ``ops/<op>/triton_kernels.py``.
+Nothing here imports Triton. A kernel is named ``<op>.<function>`` and stands in ``ops/<op>/<module>.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +28,17 @@ class Kernel:
         aligned: the arguments that are multiples of 16 where tensors are laid out well. Triton reads that off the
             arguments of a launch; compiled ahead of time it must be told.
         variants: constants that a call decides, not a row: every combination that occurs.
+        descriptors: from those constants and the row's, the tiles of the arguments that are TMA descriptors of the
+            dtype that "*x" stands for.
+        module: in the op's folder.
     """
 
     arguments: dict[str, str]
     dtypes: tuple[str, ...]
     aligned: tuple[str, ...]
     variants: tuple[dict[str, Any], ...] = ({},)
+    descriptors: Callable[[dict[str, Any]], dict[str, tuple[int, int]]] = lambda constants: {}
+    module: str = "triton_kernels"
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,12 @@ _OUTER: dict[str, Any] = {
     "variants": ({"DROPOUT": False}, {"DROPOUT": True}),
 }  # fmt: skip
 
+
+def _linear_tma_tiles(c: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    t, n, k, r = (c[f"BLOCK_{name}"] for name in "TNKR")
+    return {"X": (t, k), "W": (n, k) if c["ROWS"] else (k, n), "H": (t, r), "UP": (r, n), "Y": (t, n)}
+
+
 KERNELS = {
     "null_projection.onto_basis": Kernel(
         arguments={
@@ -146,6 +158,17 @@ KERNELS = {
     "covariance.mirror": Kernel({"C": "*fp32", "d": "i32", "stride_c": "i64"}, ("fp32",), aligned=()),
     "projected_lora.linear": Kernel(dtypes=("fp16", "bf16"), **_LINEAR),
     "projected_lora.linear_float32": Kernel(dtypes=("fp32",), **_LINEAR),
+    "projected_lora.linear_tma": Kernel(
+        arguments={
+            "X": "*x", "W": "*x", "BIAS": "*x", "H": "*x", "UP": "*x", "Y": "*x", "T": "i32", "N": "i32", "K": "i32",
+            "R": "i32", "programs": "i32", "biased": "i32",
+        },
+        dtypes=("fp16", "bf16"),
+        aligned=("BIAS", "N", "K"),
+        variants=({"ROWS": True}, {"ROWS": False}),
+        descriptors=_linear_tma_tiles,
+        module="triton_tma",
+    ),
     "projected_lora.down": Kernel(dtypes=("fp16", "bf16"), **_DOWN),
     "projected_lora.down_float32": Kernel(dtypes=("fp32",), **{**_DOWN, "variants": ({"OUTER": False},)}),
     "projected_lora.outer": Kernel(dtypes=("fp16", "bf16"), **_OUTER),
@@ -213,8 +236,27 @@ def _lora_rows() -> list[Row]:
     return rows
 
 
+def _linear_tma_rows() -> list[Row]:
+    """For ``python -m benchmarks.gpu_run`` to choose among: not timed yet, so no launch takes them by itself."""
+
+    def row(target: str, stages: int, block_n: int, specialize: bool = False) -> Row:
+        constants = {"BLOCK_T": 128, "BLOCK_N": block_n, "BLOCK_K": 64, "BLOCK_R": 32, "SPECIALIZE": specialize}
+        return Row("projected_lora.linear_tma", (target,), constants, 8, stages)
+
+    # Specialised for sm100 alone: Triton 3.8 leaves it out of eight warps on sm90, and fails on four. Tiles of 256
+    # would take more shared memory than there is, those of 128 spill on sm100 with a fourth stage.
+    return [
+        row("sm90", 3, 256),
+        row("sm90", 4, 128),
+        row("sm100", 3, 256),
+        row("sm100", 3, 128),
+        row("sm100", 3, 128, specialize=True),
+    ]
+
+
 ROWS = [
     *_lora_rows(),
+    *_linear_tma_rows(),
     *_projection_rows("null_projection.onto_basis"),
     *_projection_rows("null_projection.from_basis"),
     *_projection_rows("null_projection.adamw_from_basis"),

@@ -7,7 +7,14 @@ import torch
 from oracle import DTYPES, assert_as_exact_as_plain, error, orthonormal
 
 from guardspace_kernels import dispatch
-from guardspace_kernels.ops import covariance_update_, null_project_, projected_lora, symmetrize_
+from guardspace_kernels.ops import (
+    _triton,
+    _triton_table,
+    covariance_update_,
+    null_project_,
+    projected_lora,
+    symmetrize_,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
@@ -231,3 +238,25 @@ def test_choices_by_measurement_are_kept_and_change_nothing(cuda, kernels, tmp_p
     assert_as_exact_as_plain(C.cpu().tril(), plain.cpu().tril(), exact.tril())
     (choices,) = (tmp_path / "guardspace_kernels").glob("*.json")
     assert "covariance.add_tiles" in choices.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["W", "the transpose of W"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T, K, N, R", [(3000, 1032, 2056, 24), (40, 64, 128, 8)], ids=["many tiles", "one tile"])
+def test_the_base_product_by_tma(cuda, kernels, T, K, N, R, dtype, columns):
+    rows = [
+        row
+        for row in _triton_table.ROWS
+        if row.kernel == "projected_lora.linear_tma" and _triton.target(cuda) in row.targets
+    ]
+    if kernels != "triton" or not rows:
+        pytest.skip("Triton's, on chips with TMA")
+    from guardspace_kernels.ops.projected_lora import triton_tma
+
+    x, W, bias, h, up = (torch.randn(*s, device=cuda).to(dtype) for s in ((T, K), (N, K), (N,), (T, R), (R, N)))
+    w = W.T.contiguous().T if columns else W
+    plain, exact = x @ W.T + bias + h @ up, x.double() @ W.double().T + bias.double() + h.double() @ up.double()
+    for row in rows:
+        replay = captured(cuda, lambda row=row: triton_tma.linear(row, x, w, bias, h, up))
+        for y in (triton_tma.linear(row, x, w, bias, h, up), replay()):
+            assert_as_exact_as_plain(y, plain, exact, row.key)
