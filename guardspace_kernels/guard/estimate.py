@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from guardspace_kernels.guard.collecting.scout import distinct_inputs
 from guardspace_kernels.guard.layers import find_layers, linear_weight, unwrapped
 from guardspace_kernels.guard.null_space import null_space
 from guardspace_kernels.guard.passes import CollectionPlan, parse_bytes, plan_passes, show_bytes
-from guardspace_kernels.guard.planning import one_thread, solve_bytes
+from guardspace_kernels.guard.planning import solve_bytes, solve_threads, use_threads
 from guardspace_kernels.guard.safety_subspace import DampedCovariance, trailing_subspace
 from guardspace_kernels.ops import covariance_update_
 
@@ -123,7 +124,7 @@ def estimate_preparation(
 
     threads = torch.get_num_threads()
     workers = 1 if device.type == "cuda" else threads
-    with ThreadPoolExecutor(1, initializer=one_thread if workers > 1 else None) as alone:
+    with ThreadPoolExecutor(1, initializer=partial(use_threads, 1) if workers > 1 else None) as alone:
         null = {
             d: alone.submit(_solve_seconds, d, partial(_null_space, d, tokens, device), device).result() for d in update
         }
@@ -135,9 +136,13 @@ def estimate_preparation(
         trailing[shape] for shape in shapes.values()
     )
     largest = sorted(
-        (solve_bytes(one.features, max(shapes[n][0] for n in one.layers) * one.features) for one in inputs),
+        (
+            (solve_bytes(one.features, max(shapes[n][0] for n in one.layers) * one.features), one.features)
+            for one in inputs
+        ),
         reverse=True,
     )
+    cores_taken = accumulate(solve_threads(features, workers) for _, features in largest)
     bases = sum(4 * one.features * (one.features // 2) for one in inputs)
     factors = sum(4 * rank * sum(shape) for shape in shapes.values())
     hidden = max(one.features for one in inputs) * tokens * dtype.itemsize
@@ -149,7 +154,7 @@ def estimate_preparation(
         covariances,
         solves / workers,
         plan_passes(inputs, torch.float32, parse_bytes("max_memory", max_memory), hidden),
-        sum(largest[:workers]),
+        sum(size for (size, _), taken in zip(largest, cores_taken, strict=True) if taken <= workers),
         bases + factors,
     )
 

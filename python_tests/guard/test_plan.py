@@ -438,6 +438,34 @@ def test_solves_keep_to_a_memory_budget(monkeypatch):
         planned(tiny_llama(), collect(tiny_llama()), max_memory="much")
 
 
+@pytest.mark.parametrize(
+    "features, cores, threads", [(48, 4, 1), (1536, 2, 1), (2816, 2, 2), (8192, 4, 4), (8192, 1, 1)]
+)
+def test_wide_solves_take_more_cores(features, cores, threads):
+    assert plan_module.solve_threads(features, cores) == threads
+
+
+def test_solves_share_the_cores_and_wide_ones_are_not_overtaken():
+    """Two cores: those of two threads run alone and first, then the others two at a time."""
+    lock, running, begun, together = threading.Lock(), [], [], threading.Barrier(2, timeout=60)
+    threads = [1, 2, 1, 2, 1, 1]
+
+    def solve(item):
+        with lock:
+            running.append(item)
+            begun.append(item)
+            assert sum(threads[i] for i in running) <= 2
+        assert torch.get_num_threads() == threads[item]
+        if threads[item] == 1:
+            together.wait()
+        with lock:
+            running.remove(item)
+        return 10 * item
+
+    found = plan_module._in_parallel(solve, range(6), lambda i: threads[i], None, 2, threads)
+    assert found == [0, 10, 20, 30, 40, 50] and begun[:2] == [1, 3]
+
+
 def test_plans_made_at_the_same_time_leave_the_number_of_threads_alone():
     """While solves run on one thread each, a thread that starts elsewhere gets all; and so it is afterwards."""
     entered, leave = threading.Barrier(3), threading.Barrier(3)
@@ -455,7 +483,7 @@ def test_plans_made_at_the_same_time_leave_the_number_of_threads_alone():
     torch.set_num_threads(3)
     try:
         with ThreadPoolExecutor(2) as pool:
-            plans = [pool.submit(plan_module._in_parallel, solve, [0], lambda _: 1, None, 1) for _ in range(2)]
+            plans = [pool.submit(plan_module._in_parallel, solve, [0], lambda _: 1, None, 1, [1]) for _ in range(2)]
             entered.wait()
             assert fresh() == 3
             leave.wait()
