@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from guardspace_kernels.guard.stored_inputs import check_prompts, checked_inputs
 from guardspace_kernels.ops import symmetrize_
 
 _KIND = "calibration statistics"
+_PART = 1 << 24  # entries that are copied from a GPU at a time
 _INPUT = forms.fields(
     {"layers": forms.several(forms.text, 1), "tokens": forms.count, "sink_tokens": forms.count},
     {"routed": forms.flag, "held_tokens": forms.count},
@@ -95,7 +96,7 @@ class InputStatistics:
 
     @covariance.setter
     def covariance(self, C: torch.Tensor) -> None:
-        self.stored = packed(C).cpu()
+        self.stored = on_cpu(packed(C))
 
     def __reduce__(self) -> tuple[Any, ...]:
         held = None if self.held is None else _read(self.held)
@@ -316,6 +317,37 @@ def packed(C: torch.Tensor) -> torch.Tensor:
         return C[_triangular(len(C), C.device)]
     # By numpy, whose slices cost less: 0.27 ms instead of 1.3 for 576 rows, of which a model has a hundred thousand.
     return torch.from_numpy(np.concatenate([row[: i + 1] for i, row in enumerate(C.detach().numpy())]))
+
+
+def on_cpu(t: torch.Tensor) -> torch.Tensor:
+    """``t.cpu()``, from a GPU by parts through page-locked memory: in one piece, 11 GB of triangles took 9 s from an
+    H100, a fraction of what its bus carries."""
+    if not t.is_cuda:
+        return t.cpu()
+    size = min(_PART, t.numel())
+    with torch.cuda.device(t.device):  # on whose stream an event is recorded
+        return _staged(t, [torch.empty(size, dtype=t.dtype, pin_memory=True) for _ in range(2)], torch.cuda.Event)
+
+
+def _staged(t: torch.Tensor, buffers: list[torch.Tensor], event: Callable[[], Any]) -> torch.Tensor:
+    """While one buffer is filled from the device, what lies in the other goes to memory that nobody has touched yet."""
+    made, under_way = torch.empty(t.shape, dtype=t.dtype), None
+    size = max(1, len(buffers[0]))
+    for i, (source, target) in enumerate(zip(t.reshape(-1).split(size), made.view(-1).split(size), strict=True)):
+        buffer, filled = buffers[i % 2][: len(source)], event()
+        buffer.copy_(source, non_blocking=True)
+        filled.record()
+        if under_way is not None:
+            _land(*under_way)
+        under_way = filled, buffer, target
+    if under_way is not None:
+        _land(*under_way)
+    return made
+
+
+def _land(filled: Any, buffer: torch.Tensor, target: torch.Tensor) -> None:
+    filled.synchronize()
+    target.copy_(buffer)
 
 
 def _triangular(d: int, device: torch.device) -> torch.Tensor:

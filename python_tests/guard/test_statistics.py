@@ -20,7 +20,7 @@ from torch import nn
 import guardspace_kernels as gk
 from guardspace_kernels.guard.batches import forward_batch
 from guardspace_kernels.guard.files import save_tensors
-from guardspace_kernels.guard.statistics import distinct
+from guardspace_kernels.guard.statistics import _staged, distinct, on_cpu, packed, unpacked
 
 
 def check_equal(stats, made, tolerance=2e-5):
@@ -590,3 +590,48 @@ def test_tokens_of_another_tokenizer_name_the_prompt(token):
     with pytest.raises(ValueError, match=rf"batch 1: prompt 2 holds token {token}, but the model knows 60 tokens"):
         collect(model, [batch_of(), second])
     assert len(ran) == 3  # a prompt alone, in its row, and the first batch
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (7,), (8,), (9,), (61,), (5, 7), (3, 0)], ids=str)
+def test_a_part_is_filled_while_another_is_emptied(shape):
+    """A copy from a GPU, which here is done when its event is waited for, as late as it may be there."""
+    log = []
+
+    class Late(torch.Tensor):
+        """A page-locked buffer that is written when its event is waited for."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.copy_ and isinstance(args[0], Late):
+                assert kwargs == {"non_blocking": True}
+                queue.append((args[0].as_subclass(torch.Tensor), args[1].clone()))
+                return args[0]
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    queue = []
+
+    class Event:
+        def record(self):
+            self.copies, self.number = list(queue), len([what for what, _ in log if what == "record"])
+            log.append(("record", self.number))
+            queue.clear()
+
+        def synchronize(self):
+            log.append(("wait", self.number))
+            for target, source in self.copies:
+                target.copy_(source)
+
+    t = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
+    buffers = [torch.full((4,), float("nan"), dtype=torch.float64).as_subclass(Late) for _ in range(2)]
+    made = _staged(t, buffers, Event)
+    assert torch.equal(made, t) and type(made) is torch.Tensor and made.is_contiguous()
+    parts = -(-t.numel() // 4)
+    if parts:
+        first = [("record", 0), *(step for i in range(1, parts) for step in (("record", i), ("wait", i - 1)))]
+        assert log == [*first, ("wait", parts - 1)]
+
+
+def test_triangles_come_back_whole():
+    C = torch.randn(37, 37)
+    C = C + C.T
+    assert torch.equal(unpacked(on_cpu(packed(C))), C)

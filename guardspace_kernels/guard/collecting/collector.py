@@ -15,7 +15,7 @@ from guardspace_kernels.guard.files import StoredTensor
 from guardspace_kernels.guard.layers import is_conv1d, is_sharded
 from guardspace_kernels.guard.routing import Routing
 from guardspace_kernels.guard.sampling import EQUAL, Marks, Sample, Sampler, kept, probed
-from guardspace_kernels.guard.statistics import InputStatistics, distinct, packed
+from guardspace_kernels.guard.statistics import InputStatistics, distinct, on_cpu, packed
 from guardspace_kernels.guard.tokens import Tokens, misfit
 from guardspace_kernels.nn import CovarianceAccumulator
 
@@ -94,7 +94,7 @@ class CollectedInput:
 
 def _triangle(accumulator: CovarianceAccumulator) -> StoredTensor:
     C = accumulator.lower
-    return StoredTensor(C.dtype, (len(C) * (len(C) + 1) // 2,), lambda: packed(C).cpu())
+    return StoredTensor(C.dtype, (len(C) * (len(C) + 1) // 2,), lambda: on_cpu(packed(C)))
 
 
 class EnoughError(Exception):
