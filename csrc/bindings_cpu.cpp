@@ -1,5 +1,8 @@
 // Python bindings of the CPU kernels: pointers, dtypes, sizes and strides; neither torch nor NumPy.
 //
+// The functions named *_tensors take tensors and lists of them as a caller gave them, and answer whether they did the
+// work: anything but plain dense tensors on the CPU that fit is left untouched, to the ops, which know its errors.
+//
 // A matrix is a tuple (address, dtype, rows, columns, row stride, column stride), strides in elements, or None where an
 // argument is optional. Nothing is checked here: the ops in guardspace_kernels/ops check before they call.
 #include <pybind11/pybind11.h>
@@ -8,6 +11,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace guardspace;
@@ -46,12 +50,69 @@ void null_project(const py::list& items, int threads) {
     kernels().null_project(projections.data(), static_cast<int64_t>(projections.size()), threads);
 }
 
+Reader& reader() {
+    static Reader* one = new Reader;  // not destroyed: Python may be gone by then
+    return *one;
+}
+
+// One bool for all or, unless there is `one` tensor, a list of them; false if it is anything else.
+bool read_flags(py::handle given, size_t count, bool one, std::vector<bool>& flags) {
+    if (PyBool_Check(given.ptr())) {
+        flags.assign(count, given.ptr() == Py_True);
+        return true;
+    }
+    if (one || !PyList_CheckExact(given.ptr()) || static_cast<size_t>(PyList_GET_SIZE(given.ptr())) != count) {
+        return false;
+    }
+    for (py::handle flag : py::reinterpret_borrow<py::list>(given)) {
+        if (!PyBool_Check(flag.ptr())) return false;
+        flags.push_back(flag.ptr() == Py_True);
+    }
+    return true;
+}
+
+bool wanted_grad(py::handle tensor) {
+    return py::object(tensor.attr("requires_grad")).ptr() != Py_False;
+}
+
+bool null_project_tensors(const py::object& g, const py::object& basis, const py::object& complement, bool grad,
+                          int threads) {
+    py::tuple gs, bases;
+    if (!tensors_of(g, reader(), gs) || !tensors_of(basis, reader(), bases)) return false;
+    bool one = reader().is_plain(g);
+    std::vector<bool> complements;
+    if (one != reader().is_plain(basis) || gs.size() != bases.size() ||
+        !read_flags(complement, gs.size(), one, complements)) {
+        return false;
+    }
+    std::vector<Projection> items(gs.size());
+    for (size_t i = 0; i < items.size(); i++) {
+        Projection& item = items[i];
+        py::handle target = PyTuple_GET_ITEM(gs.ptr(), i);
+        if (!reader().read_rows(target, item.g) || !spread(item.g) || (grad && wanted_grad(target))) return false;
+        if (!reader().read_matrix(PyTuple_GET_ITEM(bases.ptr(), i), item.basis)) return false;
+        bool wide = item.g.dtype == kFloat64 || item.basis.dtype == kFloat64;
+        if (item.basis.dtype != (wide ? kFloat64 : kFloat32)) return false;
+        if (item.basis.rows != item.g.cols || item.basis.cols > item.basis.rows) return false;
+        item.out = item.g;
+        item.complement = complements[i];
+    }
+    if (!all_apart(items, [](const Projection& item) { return item.g.data; })) return false;
+    py::gil_scoped_release release;
+    kernels().null_project(items.data(), static_cast<int64_t>(items.size()), threads);
+    return true;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of guardspace_kernels";
     m.def("covariance_update", covariance_update);
     m.def("null_project", null_project);
+    m.def("null_project_tensors", null_project_tensors);
+    m.def("read_tensors", [](const py::capsule& exchange, py::tuple types, py::object is_negated) {
+        reader() = Reader(exchange, std::move(types), std::move(is_negated));
+    });
     m.def("symmetrize", [](const py::object& covariance, int threads) {
         Matrix C = matrix(covariance);
         py::gil_scoped_release release;

@@ -45,6 +45,10 @@ _open: list[_Choice] = []  # in the whole process; the last one holds
 _own: ContextVar[tuple[_Choice, ...]] = ContextVar("guardspace_own_choices", default=())  # of this thread or task
 _changing = threading.Lock()
 
+# Every call of an op asks for the variable; os.environ.get takes a microsecond to raise and catch that it is not set.
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_VARIABLE: Any = os.environ.encodekey("GUARDSPACE_BACKEND") if _environment is not os.environ else "GUARDSPACE_BACKEND"
+
 
 def _always(*_args: Any) -> tuple[bool, str]:
     return True, "accepts every argument"
@@ -75,8 +79,10 @@ def _why_missing(op: str, backend: str) -> str:
 
 def requested_backend() -> str | None:
     """The backend that :func:`use_backend` or ``GUARDSPACE_BACKEND`` insists on, or None for automatic choice."""
-    name = (_open[-1].name if _open else None) or os.environ.get("GUARDSPACE_BACKEND") or "auto"
-    if name == "auto":
+    name = _open[-1].name if _open else ""
+    if not name and _VARIABLE in _environment:
+        name = os.environ.get("GUARDSPACE_BACKEND", "")
+    if not name or name == "auto":
         return None
     if name not in BACKENDS:
         raise ValueError(f"GUARDSPACE_BACKEND must be 'auto' or one of {BACKENDS}, got {name!r}")
@@ -154,6 +160,20 @@ def call_all(op: str, entry: str, items: list[Any], arguments: Callable[[Any], t
         groups.setdefault((resolve(op, entry, *its_arguments), its_arguments[0].device), []).append(item)
     for (function, _), members in groups.items():
         function(members)
+
+
+def direct(op: str, entry: str, *args: Any) -> bool:
+    """Whether a backend did the work of a public function at once, past PyTorch's dispatcher and the op's checks.
+
+    Of the backends in order of preference those are asked that registered ``entry``. It gets the arguments as the
+    caller gave them, and leaves untouched what it does not take, errors included, to the op.
+    """
+    name = requested_backend()
+    for backend in BACKENDS if name is None else (name,):
+        implementation = _registry.get((op, backend))
+        if implementation is not None and entry in implementation.functions and implementation.functions[entry](*args):
+            return True
+    return False
 
 
 def status() -> list[tuple[str, str, bool, str]]:

@@ -19,6 +19,9 @@ except ImportError as error:
     extension = None
     _REASON = f"the C++ extension is not built or does not load ({error}); `guardspace env` says why"
 
+if extension is not None and (exchange := getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)) is not None:
+    extension.read_tensors(exchange, (torch.Tensor, torch.nn.Parameter), torch.Tensor.is_neg)
+
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 View = tuple[int, int, int, int, int, int]

@@ -62,6 +62,18 @@ def forbid_grad(op: str, overload: Any) -> Callable[..., None]:
     return kernel
 
 
+def plain_eager() -> bool:
+    """Whether only eager mode sees a call: no compiler, mode, transform or tangent, which need registered ops."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state()
+    )
+
+
 def differentiated(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd must see a call with these, in reverse or in forward mode (which ``no_grad`` leaves on).
 
@@ -102,7 +114,10 @@ def unit_inner(t: torch.Tensor) -> torch.Tensor:
 
 def written(*tensors: torch.Tensor) -> None:
     """Tells autograd that a kernel wrote to these: it would not notice a write through a pointer."""
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # tensors of inference mode have no version, and are few: to ask each one takes longer
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def overlaps_itself(t: torch.Tensor) -> str:

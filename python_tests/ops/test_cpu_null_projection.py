@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from backends import Guarded, on_all_threads, poison_scratch, same_bits, use_threads
 from oracle import DTYPES, FLOOR, dense_projector, orthonormal
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from guardspace_kernels.ops import null_project_
+from guardspace_kernels.ops import null_project_, null_projection
+from guardspace_kernels.ops._cpu import extension
 from guardspace_kernels.ops.null_projection import cpu_kernels, reference
 
 pytestmark = pytest.mark.cpu_kernels
+reads_tensors = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this PyTorch has no C functions to read tensors"
+)
 
 RANKS = (1, 3, 16, 47, 48, 49, 130)
 #: (d, k): no column, one, all; odd and even; more than are kept in registers or read at a time (128 and 512).
@@ -152,6 +159,115 @@ def test_one_matrix_twice_in_a_list_is_projected_twice(isa):
     other = torch.randn(3, 60)
     null_project_([g, other, g], [one, one, two], [True, True, False])
     assert same_bits(g, expected) and (other @ one).abs().max() < 1e-5
+
+
+def calls(run):
+    """How many functions, Python's and C's, a call makes by Python's account."""
+    count = 0
+
+    def seen(_frame, event, _function):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(seen)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+class Watched(TorchDispatchMode):
+    """What PyTorch's dispatcher is asked for; a call that sees a mode takes the way of the registered ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@reads_tensors
+def test_a_list_of_any_length_is_one_call_into_the_kernels(monkeypatch):
+    made = []
+    project = extension.null_project_tensors
+    monkeypatch.setattr(extension, "null_project_tensors", lambda *given: made.append(project(*given)) or made[-1])
+    monkeypatch.setattr(null_projection, "_project_list_op", None)  # no call of the dispatcher
+    counts = set()
+    for length in (1, 2, 50):
+        gs, basis = [torch.randn(2, 31) for _ in range(length)], orthonormal(31, 9, torch.float32)
+        with torch.no_grad():
+            counts.add(calls(lambda: null_project_(gs, [basis] * length)))  # noqa: B023
+        assert all((g @ basis).abs().max() < 1e-5 for g in gs)
+    assert made == [True] * 3 and len(counts) == 1 and counts.pop() <= 26
+
+
+@reads_tensors
+def test_both_ways_into_the_kernels_give_the_same_bits(isa):
+    pairs, forms = itertools.cycle(PAIRS), [True, False] * 4
+    items = [(torch.randn(3, 5, d), k) for d, k in BASES[:8]]
+    gs = [g.to(dtype) for (g, _), (dtype, _) in zip(items, pairs, strict=False)]
+    bases = [orthonormal(g.shape[-1], k, dtype) for (g, k), (_, dtype) in zip(items, pairs, strict=False)]
+    expected = [g.clone() for g in gs]
+    with Watched() as watched:
+        null_project_(expected, bases, forms)
+    assert "guardspace.null_project_list_.default" in watched.seen
+    null_project_(gs, bases, forms)
+    assert all(same_bits(g, one) for g, one in zip(gs, expected, strict=True))
+
+
+UNUSUAL = {
+    "a subclass": lambda g: g.as_subclass(type("Own", (torch.Tensor,), {})),
+    "without a view as a matrix": lambda g: g.expand(2, 3, *g.shape).clone().transpose(0, 1)[..., :2, :],
+    "a tensor of inference mode": lambda g: torch.inference_mode()(g.clone)(),
+    "a tuple": lambda g: (g.clone(), g.clone()),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_tensors_are_projected_too(isa, kind):
+    basis = orthonormal(31, 9, torch.float32)
+    g = UNUSUAL[kind](torch.randn(4, 31))
+    gs = list(g) if isinstance(g, tuple) else [g]
+    expected = [projected(one.detach().contiguous(), basis, True) for one in gs]
+    null_project_(*((g, (basis, basis)) if isinstance(g, tuple) else (g, basis)))
+    assert all(torch.equal(one.as_subclass(torch.Tensor), want) for one, want in zip(gs, expected, strict=True))
+
+
+def test_a_basis_whose_memory_holds_other_signs_is_read_as_it_is_meant(isa):
+    g, basis = torch.randn(4, 31), orthonormal(31, 9, torch.float32)
+    signs = torch.ones(9)
+    signs[::2] = -1
+    negated = torch.complex(basis, -basis * signs).conj().imag
+    assert negated.is_neg()
+    expected = projected(g, basis * signs, False)
+    torch.testing.assert_close(projected(g, negated, False), expected, rtol=0, atol=0)
+
+
+def test_a_list_may_be_asked_for_again_with_other_tensors_in_the_same_objects(isa):
+    basis = orthonormal(31, 9, torch.float32)
+    parameters = [torch.nn.Parameter(torch.randn(4, 31)) for _ in range(3)]
+    with torch.no_grad():
+        for make in (lambda: torch.randn(4, 31), lambda: torch.randn(31, 4).T, lambda: torch.randn(5, 31).double()):
+            values = [make() for _ in parameters]
+            bases = [basis.to(values[0].dtype)] * len(values)
+            expected = [projected(value, bases[0], True) for value in values]
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.data = value
+            null_project_(parameters, bases)
+            assert all(same_bits(p.detach(), one) for p, one in zip(parameters, expected, strict=True))
+
+
+def test_threads_project_at_once(isa):
+    basis = orthonormal(97, 33, torch.float32)
+    lists = [[torch.randn(16, 97) for _ in range(8)] for _ in range(4)]
+    expected = [[projected(g, basis, True) for g in gs] for gs in lists]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda gs: null_project_(gs, [basis] * 8), lists))
+    for gs, ones in zip(lists, expected, strict=True):
+        assert all(same_bits(g, one) for g, one in zip(gs, ones, strict=True))
 
 
 @FORMS

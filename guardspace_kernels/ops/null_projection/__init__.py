@@ -16,6 +16,7 @@ from guardspace_kernels.ops._library import (
     define,
     forbid_grad,
     overlaps_itself,
+    plain_eager,
     require_basis,
     require_dense,
     require_float,
@@ -178,6 +179,8 @@ def null_project_(
 
     Source: the null-space projector of GuardSpace (arXiv 2510.14301), applied as in gradient projection methods.
     """
+    if plain_eager() and dispatch.direct("null_projection", "null_project_direct", g, basis, complement):
+        return
     if isinstance(g, torch.Tensor):
         if not isinstance(basis, torch.Tensor) or not isinstance(complement, bool):
             raise TypeError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from guardspace_kernels.ops._cpu import accepts_written, extension, register, view
@@ -33,6 +35,15 @@ def null_project_(projections: list[Projection]) -> None:
             g.copy_(flat.view(g.shape))
 
 
+def null_project_direct(g: Any, basis: Any, complement: Any) -> bool:
+    """One call into C++ for a matrix or all of a list, whose sizes, strides, dtypes and devices it reads and checks."""
+    grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    if not extension.null_project_tensors(g, basis, complement, grad, threads):
+        return False
+    written(*((g,) if isinstance(g, torch.Tensor) else g))
+    return True
+
+
 def project_into(out: torch.Tensor, g: torch.Tensor, basis: torch.Tensor, complement: bool) -> None:
     """``out ← g P`` (r, d), each in its own dtype."""
     extension.null_project([(view(out), view(g), view(basis), complement)], torch.get_num_threads())
@@ -42,4 +53,10 @@ def projected_adamw_(updates: list[Update]) -> None:
     reference.projected_adamw_(updates, null_project_)
 
 
-register("null_projection", accepts, null_project_=null_project_, projected_adamw_=projected_adamw_)
+register(
+    "null_projection",
+    accepts,
+    null_project_=null_project_,
+    null_project_direct=null_project_direct,
+    projected_adamw_=projected_adamw_,
+)
