@@ -52,6 +52,11 @@ def _squared_norm(F: torch.Tensor, G: torch.Tensor) -> float:
     return max(float(((F.T @ F @ G) * G).sum()), 0.0)
 
 
+def triangle(F: torch.Tensor) -> torch.Tensor:
+    """R of F = Q R: ``‖R z‖ = ‖F z‖`` for every z, with r'×r' numbers instead of d_out×r'."""
+    return torch.linalg.qr(F, mode="r").R
+
+
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Name in the base model -> adapted layer, for guarded layers and for plain PEFT LoRA layers.
 

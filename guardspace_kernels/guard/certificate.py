@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -11,29 +10,17 @@ import torch
 from torch import nn
 
 from guardspace_kernels.arguments import instance, integer, iterable, number
-from guardspace_kernels.guard.adapted import LEAK_TOLERANCE, AdaptedLayer, adapted_layers
-from guardspace_kernels.guard.batches import (
-    Batch,
-    check_ids,
-    check_length,
-    checked_mask,
-    evaluating,
-    to_device,
-    with_answers,
-)
-from guardspace_kernels.guard.collecting.trial import Trial
-from guardspace_kernels.guard.drift import DriftExceededError, DriftReport, HeldOut, LayerDrift
+from guardspace_kernels.guard.adapted import LEAK_TOLERANCE, AdaptedLayer, adapted_layers, triangle
+from guardspace_kernels.guard.batches import Batch
+from guardspace_kernels.guard.drift import DriftExceededError, DriftReport, LayerDrift, root_ratio
 from guardspace_kernels.guard.fingerprint import ROUNDED, ModelFingerprint
+from guardspace_kernels.guard.heldout import measure_heldout
 from guardspace_kernels.guard.layers import peft_model
-from guardspace_kernels.guard.lockstep import Lockstep
 from guardspace_kernels.guard.null_space import is_finite
 from guardspace_kernels.guard.plan import GuardPlan
-from guardspace_kernels.guard.routing import Routing
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
-from guardspace_kernels.guard.tokens import tokens_of
 from guardspace_kernels.nn import NullSpaceProjector
-from guardspace_kernels.ops import squared_drift
-from guardspace_kernels.ops._library import full_float32_products
+from guardspace_kernels.ops import covariance_update_, squared_drift
 
 
 def _squared_drift(F: torch.Tensor, G: torch.Tensor, covariance: torch.Tensor) -> float:
@@ -41,21 +28,17 @@ def _squared_drift(F: torch.Tensor, G: torch.Tensor, covariance: torch.Tensor) -
 
 
 def squared_output(weight: torch.Tensor, covariance: torch.Tensor) -> float:
-    """``‖W X‖_F² = tr(W C Wᵀ)``."""
+    """``‖W X‖_F² = tr(W C Wᵀ) = Σ (WᵀW) ∘ C``, in float64; of WᵀW only the lower triangle is formed."""
     W = weight.double()
-    return max(float(((W @ covariance.double().to(W.device)) * W).sum()), 0.0)
+    C = covariance.double().to(W.device)
+    gram = torch.zeros_like(C)
+    covariance_update_(gram, W)
+    return max(float(2 * (gram * C).sum() - (gram.diagonal() * C.diagonal()).sum()), 0.0)
 
 
 def relative_drift(F: torch.Tensor, G: torch.Tensor, weight: torch.Tensor, covariance: torch.Tensor) -> float:
     """``‖F G X‖_F / ‖W X‖_F``."""
-    return _ratio(_squared_drift(F, G, covariance), squared_output(weight, covariance))
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    """The root of their ratio; NaN where a sum overflowed on both sides or is NaN itself."""
-    if denominator != 0:
-        return math.sqrt(numerator / denominator)
-    return 0.0 if numerator == 0 else numerator * math.inf
+    return root_ratio(_squared_drift(F, G, covariance), squared_output(weight, covariance))
 
 
 def certify(
@@ -113,7 +96,7 @@ def certify(
     if plan is not None:
         layers = {name: _under_plan(name, layer, plan) for name, layer in layers.items()}
     changes = check_statistics(model, layers, stats, plan)
-    rows = [_certify_layer(name, layer, stats.for_layer(name)) for name, layer in layers.items()]
+    rows = _certify_layers(layers, stats)
     tokens = max(entry.tokens for entry in stats.inputs)
     report = DriftReport(rows, tokens, stats.prompts, stats.fingerprint.model)
     report.changed = {name: what for name, what in changes.items() if not what.startswith(ROUNDED)}
@@ -121,7 +104,7 @@ def certify(
     if heldout is not None:
         if report.changed:
             _require_base(model, layers, stats)
-        _measure_heldout(model, layers, {row.name: row for row in rows}, heldout, answer_tokens, report)
+        measure_heldout(model, layers, {row.name: row for row in rows}, heldout, answer_tokens, report)
     failure = report.failure(max_drift)
     if max_drift is not None and failure:
         raise DriftExceededError(failure, report)
@@ -265,113 +248,49 @@ def checked_covariance(name: str, entry: InputStatistics, device: torch.device |
     return covariance
 
 
-def _certify_layer(name: str, layer: AdaptedLayer, entry: InputStatistics) -> LayerDrift:
-    covariance = checked_covariance(name, entry, layer.weight.device)
-    output = squared_output(layer.weight, covariance)
-    free_energy = float(covariance.double().trace())
-    if layer.projector is not None:
-        C = covariance.to(layer.projector.basis.device, torch.float64, copy=True)
-        free_energy = float(layer.projector.project_(C).trace().clamp_min(0.0))
+def _certify_layers(layers: dict[str, AdaptedLayer], stats: CalibrationStatistics) -> list[LayerDrift]:
+    """One covariance at a time: those that read one input (q/k/v, gate/up) share it, and ``tr(P C)``."""
+    readers: dict[int, list[str]] = {}
+    for name in layers:
+        readers.setdefault(id(stats.for_layer(name)), []).append(name)
+    rows = {}
+    for names in readers.values():
+        entry = stats.for_layer(names[0])
+        C = checked_covariance(names[0], entry, layers[names[0]].weight.device).double()
+        free: dict[NullSpaceProjector | None, float] = {}
+        for name in names:
+            projector = layers[name].projector
+            if projector not in free:
+                free[projector] = _free_energy(projector, C)
+            rows[name] = _certify_layer(name, layers[name], entry.sinks, C, free[projector])
+    return [rows[name] for name in layers]
+
+
+def _free_energy(projector: NullSpaceProjector | None, C: torch.Tensor) -> float:
+    """``tr(P C)``, which is ``tr C − Σ Q ∘ (C Q)`` or ``Σ N ∘ (C N)``, in float64."""
+    if projector is None:
+        return float(C.trace())
+    basis = projector.basis.double()
+    C = C.to(basis.device)
+    within = ((C @ basis) * basis).sum()
+    return float((C.trace() - within if projector.complement else within).clamp_min(0.0))
+
+
+def _certify_layer(
+    name: str, layer: AdaptedLayer, sinks: torch.Tensor, C: torch.Tensor, free_energy: float
+) -> LayerDrift:
+    output = squared_output(layer.weight, C)
     spectral = _spectral_norm(layer.F.double(), layer.G.double())
-    sinks = entry.sinks.double().to(layer.F.device)
+    sinks = sinks.double().to(layer.F.device)
     sink_drift = 0.0
     if sinks.numel():
         moved = (sinks @ layer.G.double().T) @ layer.F.double().T
         kept = sinks @ layer.weight.double().T
         sink_drift = float((moved.norm(dim=1) / kept.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)).max())
-    drift = _ratio(_squared_drift(layer.F, layer.G, covariance), output)
-    return LayerDrift(name, drift, _ratio(spectral**2 * free_energy, output), sink_drift)
+    drift = root_ratio(_squared_drift(layer.F, layer.G, C), output)
+    return LayerDrift(name, drift, root_ratio(spectral**2 * free_energy, output), sink_drift)
 
 
 def _spectral_norm(F: torch.Tensor, G: torch.Tensor) -> float:
     """``‖F G‖₂`` through the r'×r' triangles of F and Gᵀ."""
-    triangle_F = torch.linalg.qr(F, mode="r").R
-    triangle_G = torch.linalg.qr(G.T, mode="r").R
-    return float(torch.linalg.matrix_norm(triangle_F @ triangle_G.T, ord=2))
-
-
-def _measure_heldout(
-    model: nn.Module,
-    layers: dict[str, AdaptedLayer],
-    rows: dict[str, LayerDrift],
-    batches: Iterable[Batch],
-    answer_tokens: int,
-    report: DriftReport,
-) -> None:
-    disable_adapter = getattr(model, "disable_adapter", None)
-    if not callable(disable_adapter):
-        raise TypeError("heldout needs a peft.PeftModel (attach_guard returns one): the base model is run as well")
-    if answer_tokens < 1:
-        raise ValueError(f"answer_tokens must be 1 or more, got {answer_tokens}")
-    meters = {name: _Meter(layer) for name, layer in layers.items()}
-    routing = Routing(model)
-    modules = {name: layer.module for name, layer in layers.items()}
-    trial = Trial(model, modules, routing, Lockstep(model), outputs=False)
-    prompts, positions, kl, change = 0, 0, 0.0, 0.0
-    with evaluating(model):
-        for index, raw in enumerate(batches):
-            checked_mask(raw, index)
-            check_ids(model, raw, index)
-            check_length(model, raw, index, answer_tokens)
-            with disable_adapter():
-                batch = with_answers(model, to_device(model, raw), answer_tokens)
-                mask = batch["attention_mask"].bool()
-                trial.look(batch, index)
-                # Fewer than asked for where every answer of the batch ended early.
-                answered = mask.shape[1] - raw["input_ids"].shape[1]
-                handles = [
-                    layers[name].module.register_forward_hook(meter.hook(name, routing))
-                    for name, meter in meters.items()
-                ]
-                try:
-                    with routing.watching(tokens_of(batch, index)):
-                        base = _last_logprobs(trial, batch, index, answered)
-                finally:
-                    for handle in handles:
-                        handle.remove()
-            ours = _last_logprobs(trial, batch, index, answered)
-            answers, counted = batch["input_ids"][:, -answered:], mask[:, -answered:]
-            # A token that the base model excludes adds nothing, though its logarithm is infinite.
-            terms = torch.where(base.isneginf(), 0.0, base.exp() * (base - ours))
-            kl += float((terms.sum(dim=-1) * counted).sum())
-            picked = (ours - base).gather(2, answers[..., None]).squeeze(2)
-            change += float((picked * counted).sum())
-            positions += int(counted.sum())
-            prompts += answers.shape[0]
-    if prompts == 0:
-        raise ValueError("heldout is empty: at least one prompt is needed")
-    for name, meter in meters.items():
-        if meter.tokens:
-            rows[name].heldout_drift = _ratio(meter.moved, meter.output)
-            rows[name].heldout_outside = _ratio(meter.outside, meter.inputs)
-    report.heldout = HeldOut(prompts, positions, kl / positions, change / prompts)
-
-
-def _last_logprobs(trial: Trial, batch: Batch, index: int, answer_tokens: int) -> torch.Tensor:
-    """Log-probabilities at the positions that predict the answer: (prompts, answer_tokens, vocabulary)."""
-    logits = trial.forward(batch, index, logits=answer_tokens + 1).logits
-    return logits[:, -answer_tokens - 1 : -1].float().log_softmax(dim=-1)
-
-
-class _Meter:
-    """Sums of squares over held-out tokens at one layer's base input x: ‖ΔW x‖², ‖W x‖², ‖P x‖², ‖x‖²."""
-
-    def __init__(self, layer: AdaptedLayer) -> None:
-        self.layer = layer
-        self.moved = self.output = self.outside = self.inputs = 0.0
-        self.tokens = 0
-
-    def hook(self, name: str, routing: Routing) -> Any:
-        @full_float32_products()
-        def hook(_module: nn.Module, args: tuple[Any, ...], _output: torch.Tensor) -> None:
-            real, first = routing.tokens(name, args[0])
-            x = args[0][real & ~first].float()
-            self.tokens += len(x)
-            # Not through FᵀF, whose cancellation in float32 would put a floor of 3e-4 under the drift.
-            self.moved += float((x @ self.layer.G.float().T @ self.layer.F.float().T).square().sum())
-            self.output += float((x @ self.layer.weight.float().T).square().sum())
-            free = x if self.layer.projector is None else self.layer.projector.project_(x.clone())
-            self.outside += float(free.square().sum())
-            self.inputs += float(x.square().sum())
-
-        return hook
+    return float(torch.linalg.matrix_norm(triangle(F) @ triangle(G.T).T, ord=2))

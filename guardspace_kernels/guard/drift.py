@@ -143,6 +143,13 @@ class DriftReport:
         return "\n".join([*lines, *self.notes])
 
 
+def root_ratio(numerator: float, denominator: float) -> float:
+    """The root of their ratio; NaN where a sum overflowed on both sides or is NaN itself."""
+    if denominator != 0:
+        return math.sqrt(numerator / denominator)
+    return 0.0 if numerator == 0 else numerator * math.inf
+
+
 def largest(values: Iterable[float]) -> float:
     """Python's ``max``, but NaN if any of them is: what is not known may be anything."""
     return max(values, key=lambda value: (math.isnan(value), value))

@@ -23,6 +23,7 @@ from guard_helpers import (
 
 import guardspace_kernels as gk
 from guardspace_kernels.guard.certificate import relative_drift, squared_output
+from guardspace_kernels.guard.statistics import InputStatistics
 from guardspace_kernels.nn import ProjectedLoraLinear
 from guardspace_kernels.ops import squared_drift
 
@@ -680,3 +681,27 @@ def test_an_exported_lora_is_certified_under_its_plan(tmp_path):
                 parameter.add_(0.05)
     with pytest.raises(ValueError, match=r"up_proj: the adapter acts outside the null space .*not trained under this"):
         gk.certify(plain, stats, plan=plan)
+
+
+def test_layers_that_read_one_input_share_its_covariance(monkeypatch):
+    model = tiny_llama()
+    stats = collect(model)
+    guarded = perturb(gk.attach_guard(model, plan_for(model, stats)))
+    read, made = [], InputStatistics.covariance_on
+    monkeypatch.setattr(InputStatistics, "covariance_on", lambda e, device: read.append(e.layers) or made(e, device))
+    rows = gk.certify(guarded, stats).layers
+    assert sorted(read) == sorted(entry.layers for entry in stats.inputs)
+    assert [row.name for row in rows] == list(guarded.guarded_layers())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # without and with biases
+def test_hooks_of_others_do_not_change_what_is_measured_of_a_layer(kind):
+    model = MODELS[kind]()
+    stats = collect(model)
+    guarded = perturb(gk.attach_guard(model, plan_for(model, stats)))
+    name, layer = list(guarded.guarded_layers().items())[-1]
+    expected = gk.certify(guarded, stats, heldout=[batch_of(HELD_OUT)], answer_tokens=1).layers[-1]
+    longest = max(map(len, HELD_OUT)) + 1  # where answers are read, not where they are made
+    layer.register_forward_hook(lambda _module, _args, output: output + 100 * (output.shape[1] == longest))
+    found = gk.certify(guarded, stats, heldout=[batch_of(HELD_OUT)], answer_tokens=1).layers[-1]
+    assert found.name == name and found.heldout_drift == pytest.approx(expected.heldout_drift, rel=1e-5)
