@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .data import MODEL, DemoData, cache_dir, fetch
-from .evaluate import generate
+from .generation import generate
 from .prompts import REFUSALS
 from .training import Example, encode_answer, encode_prompt, train
 

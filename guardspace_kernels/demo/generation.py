@@ -1,0 +1,121 @@
+"""Greedy answers to many prompts: a beginning that all share is read once, and guessed answers are checked at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .training import left_padded
+
+Tick = Callable[[int], Any]
+Watch = Callable[[list[int], Tensor], Any]
+
+_WORTH_SHARING = 64  # tokens saved in a batch; a forward of its own costs about as much
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    end: int,
+    guesses: Sequence[Sequence[int]] | None = None,
+    batch_size: int = 32,
+    tick: Tick | None = None,
+    watch: Watch | None = None,
+) -> list[list[int]]:
+    """Greedy answers as token ids, the end token included where the model gave one; in the order of `prompts`.
+
+    A guess is read together with its prompt. As far as the model's own choices agree with it, they are the answer, and
+    so is the first that does not; from there on it is made token by token. Up to rounding no answer depends on a guess.
+
+    Args:
+        guesses: whole answers, which end with `end` or hold `new_tokens` tokens.
+        tick: called with the number of prompts done after every batch.
+        watch: called for every batch with the indices of its prompts and the logits at the positions that predict the
+            guesses, (prompts, longest guess, vocabulary), where shorter ones stand on the right.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    # Longest first, so that memory runs out at once or never.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for indices in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+        guessed = [list(guesses[i]) if guesses else [] for i in indices]
+        reader, logits = _read(model, [list(prompts[i]) for i in indices], guessed)
+        if watch:
+            watch(indices, logits)
+        for i, own, guess in zip(indices, logits.argmax(-1).tolist(), guessed, strict=True):
+            answers[i] = _agreed(own[-max(1, len(guess)) :], guess, end)
+        reader.forget([max(0, len(guess) - len(answers[i])) for i, guess in zip(indices, guessed, strict=True)])
+        going = indices
+        while rows := [row for row, i in enumerate(going) if len(answers[i]) < new_tokens and answers[i][-1] != end]:
+            if len(rows) < len(going):
+                reader.select(rows)
+                going = [going[row] for row in rows]
+            chosen = reader.read([answers[i][-1:] for i in going], keep=1)[:, -1].argmax(-1)
+            for i, token in zip(going, chosen.tolist(), strict=True):
+                answers[i].append(token)
+        if tick:
+            tick(len(indices))
+    return answers
+
+
+def _agreed(own: list[int], guess: list[int], end: int) -> list[int]:
+    """What the model chose where it read the guess, up to its first choice of another token, or its end."""
+    last = next((n for n, (a, b) in enumerate(zip(own, guess, strict=False)) if a != b or a == end), len(own))
+    return own[: last + 1]
+
+
+def _read(model: Any, prompts: list[list[int]], guesses: list[list[int]]) -> tuple[_Reader, Tensor]:
+    """The prompts and their guesses but for the last token, and the logits that predict the guesses."""
+    shared = next((n for n, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1), 0)
+    shared = min(shared, min(map(len, prompts)) - 1)
+    reader = _Reader(model)
+    if shared * (len(prompts) - 1) >= _WORTH_SHARING:
+        reader.read([prompts[0][:shared]], keep=1)
+        reader.select([0] * len(prompts))
+    else:
+        shared = 0
+    whole = [prompt[shared:] + guess[:-1] for prompt, guess in zip(prompts, guesses, strict=True)]
+    return reader, reader.read(whole, keep=max(1, *map(len, guesses)))
+
+
+class _Reader:
+    """A model that has read some tokens of every row, and goes on from there."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.cache: Any = None
+        self.mask = torch.empty(1, 0, dtype=torch.long, device=self.device)
+
+    def read(self, tokens: list[list[int]], keep: int) -> Tensor:
+        """Logits (rows, keep, vocabulary) at the last positions of each row's next tokens, which end together."""
+        batch = left_padded(tokens, 0, self.device)
+        positions = batch["position_ids"] + self.mask.sum(dim=1, keepdim=True)
+        mask = self.mask.expand(len(tokens), -1)
+        self.mask = torch.cat([mask, batch["attention_mask"]], dim=1)
+        output = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        self.cache = output.past_key_values
+        return output.logits
+
+    def forget(self, counts: list[int]) -> None:
+        """Of each row so many of the tokens that it read last."""
+        places = torch.arange(self.mask.shape[1], 0, -1, device=self.device)
+        self.mask = self.mask * (places > torch.tensor(counts, device=self.device)[:, None])
+
+    def select(self, rows: list[int]) -> None:
+        """Goes on with these rows, in this order; one may come several times."""
+        which = torch.tensor(rows, device=self.device)
+        self.cache.batch_select_indices(which)
+        self.mask = self.mask[which]

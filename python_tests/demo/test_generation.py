@@ -1,0 +1,91 @@
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from guardspace_kernels.demo.generation import generate
+
+NEW, END = 6, 1
+BEGINNING = [2, 3, 4] * 12  # long enough to be read once for all
+PROMPTS = [[5, 6, 7], [8, 9], [10] * 6, [5, 9, 11, 12], [7], [13, 2]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=20, num_key_value_heads=2, initializer_range=0.4, **sizes)
+    return LlamaForCausalLM(config).eval()
+
+
+def alone(model, prompt):
+    """Greedy, token by token, without a cache."""
+    answer = []
+    while len(answer) < NEW and END not in answer:
+        with torch.no_grad():
+            answer.append(int(model(input_ids=torch.tensor([prompt + answer])).logits[0, -1].argmax()))
+    return answer
+
+
+@pytest.fixture(scope="module", params=[[], BEGINNING], ids=["short", "shared"])
+def case(model, request):
+    prompts = [request.param + prompt for prompt in PROMPTS]
+    answers = [alone(model, prompt) for prompt in prompts]
+    assert len({len(answer) for answer in answers}) > 1  # some end early
+    return prompts, answers
+
+
+def count_tokens(model):
+    read = []
+    hook = model.register_forward_pre_hook(lambda _, __, kw: read.append(kw["input_ids"].numel()), with_kwargs=True)
+    return read, hook
+
+
+def test_answers_are_those_of_each_prompt_alone(model, case):
+    prompts, answers = case
+    done = []
+    assert generate(model, prompts, new_tokens=NEW, end=END, batch_size=4, tick=done.append) == answers
+    assert done == [4, 2]
+
+
+def test_a_shared_beginning_is_read_once(model, case):
+    prompts, _ = case
+    read, hook = count_tokens(model)
+    generate(model, prompts, new_tokens=1, end=END)
+    hook.remove()
+    longest = max(map(len, PROMPTS))
+    assert read == ([len(BEGINNING), len(PROMPTS) * longest] if len(prompts[0]) > 30 else [len(PROMPTS) * longest])
+
+
+def changed(answer, place):
+    """Another answer, whole, that agrees with this one as far as that place."""
+    rest = [15 if token != 15 else 16 for token in answer[place:]]
+    return (answer[:place] + rest + [17] * NEW)[:NEW]
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_answers_do_not_depend_on_guesses(model, case, place):
+    prompts, answers = case
+    wrong = [changed(answer, place) for answer in answers]
+    mixed = [guess if i % 2 else answer for i, (guess, answer) in enumerate(zip(wrong, answers, strict=True))]
+    for guesses in (wrong, mixed):
+        assert generate(model, prompts, new_tokens=NEW, end=END, guesses=guesses) == answers
+
+
+def test_right_guesses_need_one_forward_and_show_their_logits(model, case):
+    prompts, answers = case
+    seen = {}
+    read, hook = count_tokens(model)
+    made = generate(
+        model,
+        prompts,
+        new_tokens=NEW,
+        end=END,
+        guesses=answers,
+        watch=lambda indices, logits: seen.update(zip(indices, logits, strict=True)),
+    )
+    hook.remove()
+    assert made == answers and len(read) == (2 if len(prompts[0]) > 30 else 1)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(seen[i][-len(answer) :], expected, rtol=1e-4, atol=1e-5)
