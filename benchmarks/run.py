@@ -64,7 +64,7 @@ def case_table(rows: list[Row], markdown: bool) -> str:
     seconds = {row["contestant"]: row.get("seconds") for row in rows}
     extra = [
         key
-        for key in ("saved", "saved_model", "peak_memory", "protected", "energy", "leak", "share")
+        for key in ("saved", "saved_model", "peak_memory", "protected", "energy", "leak")
         if any(key in row for row in rows)
     ]
     header = [label(rows[0]["shape"]), "ms", "quartiles", *(f"× {name}" for name in YARDSTICKS[op])]
@@ -91,7 +91,7 @@ def case_table(rows: list[Row], markdown: bool) -> str:
 def _fact(key: str, value: float | None) -> str:
     if value is None:
         return "–"
-    if key in ("protected", "share"):
+    if key == "protected":
         return f"{value:.0%}"
     if key == "leak":
         return f"{value:.0e}"

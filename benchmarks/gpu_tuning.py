@@ -1,0 +1,189 @@
+"""Which rows of the table are quickest on this GPU, as lines for ``ops/_triton_table.py``, and where the library wins.
+
+* Base products with a rank-r update: PyTorch's product and ``addmm_``, the kernel of tiles, and the persistent kernel
+  that reads through TMA, whose rows vary. ``library_from`` is to be the least K from which the library is quickest.
+* Projections of 64 rows: one kernel's row varies, the others stay.
+
+Each is compared with the library's result first: a row that is wrong has an error and no time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+import guardspace_kernels as gk
+from guardspace_kernels.ops import _triton, _triton_table, null_project_
+from guardspace_kernels.ops._triton_launch import target
+from guardspace_kernels.ops._triton_table import Row as Launch
+from guardspace_kernels.ops.projected_lora import gpu, triton_kernels, triton_tma
+
+from .gpu_kernels import Sizes, call_and_device
+
+if TYPE_CHECKING:
+    from .gpu_run import Record, Row
+
+#: T, K, N of base products, in order of importance: layers of Llama-3.2-1B and Llama-2-7B, then more of K.
+PRODUCTS = (
+    (2048, 2048, 2048), (16384, 4096, 4096), (512, 2048, 2048), (2048, 2048, 8192), (2048, 8192, 2048),
+    (16384, 4096, 11008), (8192, 512, 4096), (8192, 1024, 4096), (8192, 256, 4096),
+)  # fmt: skip
+RANK = 32  # the virtual residual's of rank 16
+#: r, d, k and how many.
+PROJECTION = (64, 4096, 1024, 28)
+_ERRORS = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
+
+
+def as_line(row: Launch) -> str:
+    """As the table would say it."""
+    least = f", least={row.least}" if row.least else ""
+    return f'Row("{row.kernel}", {row.targets}, {row.constants}, warps={row.warps}, stages={row.stages}{least})'
+
+
+def tma_rows(chip: str) -> Iterator[Launch]:
+    """Those of the table, then their neighbours."""
+    table = _triton_table.rows_for("projected_lora.linear_tma", chip)
+    yield from table
+    for block_t, block_n, block_k, warps, stages in (
+        (128, 128, 64, 4, 4), (128, 128, 64, 8, 5), (128, 128, 128, 8, 3), (256, 128, 64, 8, 3), (64, 256, 64, 4, 4),
+        (64, 128, 64, 4, 4), (64, 128, 128, 4, 3),
+    ):  # fmt: skip
+        sizes = {"BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_K": block_k}
+        row = replace(table[0], constants={**table[0].constants, **sizes}, warps=warps, stages=stages)
+        if row not in table:
+            yield row
+
+
+def projection_rows(kernel: str, chip: str) -> Iterator[Launch]:
+    """Tiles for many rows: the table's, then others that fit an H100's registers in both kernels."""
+    first = _triton_table.rows_for(kernel, chip)[0]
+    yield first
+    for block_r, block_k, block_d in ((64, 64, 64), (64, 32, 64), (32, 64, 64), (16, 64, 64), (64, 64, 32)):
+        for warps in (4, 8):
+            sizes = {"BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_D": block_d}
+            yield replace(first, constants={**first.constants, **sizes}, warps=warps, stages=3)
+
+
+@contextmanager
+def first_choice(row: Launch) -> Iterator[None]:
+    """The row goes before all others of its kernel."""
+    before = _triton_table.ROWS[:]
+    _triton_table.ROWS.insert(0, replace(row, least=()))
+    try:
+        yield
+    finally:
+        _triton_table.ROWS[:] = before
+
+
+def checked(work: Callable[[], torch.Tensor], wanted: torch.Tensor) -> Row:
+    """Milliseconds on the device; RuntimeError for a result that is not that of the library."""
+    found = work()
+    error = float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max())
+    if not error <= _ERRORS[found.dtype]:
+        raise RuntimeError(f"the result is wrong, relative error {error:.1e}")
+    call, device = call_and_device(work)
+    return {"ms": call if device is None else device, "error": error}
+
+
+def products(record: Record, sizes: Sizes, shapes: tuple[tuple[int, int, int], ...], chip: str, most: int) -> None:
+    dtype = torch.bfloat16 if sizes.device == "cuda" else torch.float16  # the interpreter computes on bfloat16's bits
+    quick: list[Launch] = []
+    for (T, K, N), columns in itertools.product(shapes, (False, True)):
+        x, W, h, up = (sizes.randn(*shape, dtype=dtype) for shape in ((T, K), (N, K), (T, RANK), (RANK, N)))
+        W, h = W / K**0.5, h / RANK**0.5
+        weight = W.T.contiguous().T if columns else W
+        head = {"what": "product", "T": T, "K": K, "N": N, "transposed": columns}
+        wanted = F.linear(x, weight) + h @ up
+
+        def library(x: Any = x, weight: Any = weight, h: Any = h, up: Any = up) -> torch.Tensor:
+            return F.linear(x, weight).addmm_(h, up)
+
+        record.attempt({**head, "by": "library"}, partial(checked, library, wanted))
+        drops = gpu.dropout_of(0.0, None, x.device)
+        for row in _triton_table.rows_for("projected_lora.linear", chip):
+            y = torch.empty_like(wanted)
+            tiles = partial(triton_kernels._tiles, row, x, weight, None, h, up, y, 0, drops)
+            record.attempt({**head, "by": "tiles", "row": as_line(row)}, partial(checked, tiles, wanted))
+        rows = quick or list(tma_rows(chip))[:most]
+        for row in rows:
+            work = partial(triton_tma.linear, row, x, weight, None, h, up)
+            record.attempt({**head, "by": "tma", "row": as_line(row)}, partial(checked, work, wanted))
+        if not quick:  # all rows on the first shape, then the three best of them
+            quick = [row for row in rows if as_line(row) in {r["row"] for r in best(record.rows, "tma", 3)}]
+        if sizes.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def best(rows: list[Row], by: str, count: int) -> list[Row]:
+    return sorted((row for row in rows if row.get("by") == by and "ms" in row), key=lambda row: row["ms"])[:count]
+
+
+def projections(record: Record, sizes: Sizes, size: tuple[int, int, int, int], chip: str, most: int) -> None:
+    r, d, k, count = size
+    grads, bases, kinds = [sizes.randn(r, d) for _ in range(count)], [sizes.basis(d, k)] * count, [True] * count
+    bases = [basis.clone() for basis in bases]  # each read from memory
+    wanted = grads[0] - (grads[0] @ bases[0]) @ bases[0].T
+
+    def work() -> torch.Tensor:
+        null_project_(grads, bases, kinds)
+        return grads[0]
+
+    for kernel in ("null_projection.onto_basis", "null_projection.from_basis"):
+        for row in itertools.islice(projection_rows(kernel, chip), most):
+            with first_choice(row), gk.use_backend("triton"):
+                record.attempt({"what": kernel, "by": kernel, "row": as_line(row)}, partial(checked, work, wanted))
+
+
+def verdicts(rows: list[Row]) -> Iterator[Row]:
+    """The quickest of each product and of each projection, as a share of the library's time or the table's row's; and
+    from which K on it is the library."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if "ms" in row:
+            group = (row["what"], *(row.get(name) for name in ("T", "K", "N", "transposed")))
+            groups.setdefault(group, []).append(row)
+    for group, members in groups.items():
+        winner = min(members, key=lambda row: row["ms"])
+        beside = next((row["ms"] for row in members if row["by"] == "library"), members[0]["ms"])
+        name = " ".join(str(part) for part in group if part is not None)
+        yield {"best": name, "by": winner["by"], "line": winner.get("row"), "of": winner["ms"] / beside}
+    timed = [(group[2], _library_wins(members)) for group, members in groups.items() if group[0] == "product"]
+    won, lost = ([K for K, wins in timed if wins == by_library] for by_library in (True, False))
+    if timed:
+        yield {
+            "best": "library_from",
+            "K": max(lost) + 1 if lost else 0,
+            "won at": sorted(won),
+            "lost at": sorted(lost),
+        }
+
+
+def _library_wins(rows: list[Row]) -> bool:
+    return min(rows, key=lambda row: row["ms"])["by"] == "library"
+
+
+def run(record: Record, smoke: bool) -> None:
+    torch.manual_seed(0)
+    chip = "sm90" if smoke else target(torch.device("cuda"))
+    if chip is None or smoke:
+        _triton.devices.add("cpu")  # where Triton's interpreter runs the kernels
+        sizes, shapes, size, most = Sizes("cpu"), ((48, 64, 64),), (4, 32, 8, 2), 2
+    else:
+        sizes, shapes, size, most = Sizes(), PRODUCTS, PROJECTION, 100
+    if chip is None:
+        record.add({"left_out": "the Triton kernels have no rows for this chip"})
+        return
+    if _triton_table.rows_for("projected_lora.linear_tma", chip):
+        products(record, sizes, shapes[:2], chip, most)
+    projections(record, sizes, size, chip, most)
+    if len(shapes) > 2:
+        products(record, sizes, shapes[2:], chip, most)
+    for row in verdicts(record.rows):
+        record.add(row)
