@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .timing import read_json, write_json
+from .timing import commit, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Seconds. Together with what starting takes they stay below ten minutes.
@@ -103,9 +103,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if unknown := set(args.steps.split(",")) - LIMITS.keys():
         parser.error(f"unknown steps {sorted(unknown)}; there are {', '.join(LIMITS)}")
-    if args.smoke:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if args.step:
+        if args.smoke:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return _STEPS[args.step](args.out, LIMITS[args.step] - _GRACE, args.smoke)
     done: list[Row] = []
     for name in args.steps.split(","):
@@ -124,7 +124,13 @@ def _where() -> Row:
         done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
         gpu = done.stdout.strip() or "none"
     versions = {name: _version(name) for name in ("torch", "triton", "transformers", "peft")}
-    return {"gpu": gpu, "python": sys.version.split()[0], **versions, "date": time.strftime("%Y-%m-%d")}
+    return {
+        "gpu": gpu,
+        "commit": commit(),
+        "python": sys.version.split()[0],
+        **versions,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def _version(package: str) -> str:
@@ -196,7 +202,7 @@ def truth(out: Path, seconds: float, smoke: bool) -> int:
     import torch
 
     last = _last("truth.json")
-    record = Record(out / "truth.json", seconds, sources=sources(), last=last.get("commit"))
+    record = Record(out / "truth.json", seconds, sources=sources())
     arguments = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-m", "gpu", "python_tests/gpu"]
     if smoke:
         os.environ["GUARDSPACE_TEST_DEVICE"] = "cpu"

@@ -263,7 +263,7 @@ def environment(threads: int, device: torch.device = CPU) -> dict[str, Any]:
         "versions": versions,
         "threads": threads,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "backends": [f"{op}: {backend}" for op, backend, registered, _ in dispatch.status() if registered],
         "isa": None if _cpu.extension is None else _cpu.extension.isa(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -279,7 +279,7 @@ def _cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit, with a + when files differ from it; None outside a clone."""
 
     def git(*args: str) -> str:
