@@ -119,18 +119,28 @@ def training_step(tiny, model, optimizer):
     optimizer.zero_grad()
 
 
+def of_training_step(tiny, model, kind, ours=lambda: 0):
+    optimizer = optimizer_of(kind, model.train(), tiny)
+    training_step(tiny, model, optimizer)
+    return counted(functools.partial(training_step, tiny, model, optimizer), ours)
+
+
+@pytest.fixture(scope="module")
+def peft_steps(tiny):
+    models = {dtype: peft_lora(tiny, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    with on_a_gpu("triton"):
+        return {dtype: total(of_training_step(tiny, model, "AdamW")) for dtype, model in models.items()}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind, dtype", TRAINING, ids=str)
-def test_a_training_step_launches_no_more_than_it_did(tiny, kind, dtype, backend):
-    counts, models = [], (tiny.guarded(dtype=dtype), peft_lora(tiny, dtype))
+def test_a_training_step_launches_no_more_than_it_did(tiny, kind, dtype, backend, peft_steps):
+    model = tiny.guarded(dtype=dtype)
     with on_a_gpu(backend) as ours:
-        for model in models:
-            optimizer = optimizer_of("AdamW" if counts else kind, model.train(), tiny)
-            training_step(tiny, model, optimizer)
-            counts.append(counted(functools.partial(training_step, tiny, model, optimizer), ours))
+        found = of_training_step(tiny, model, kind, ours)
     triton, cuda = TRAINING[kind, dtype]
-    more, most = total(counts[0]) - total(counts[1]), triton if backend == "triton" else cuda
-    assert more <= most, f"{more} launches more than PEFT's {total(counts[1])}, {most} before: {dict(counts[0])}"
+    more, most = total(found) - peft_steps[dtype], triton if backend == "triton" else cuda
+    assert more <= most, f"{more} launches more than PEFT's {peft_steps[dtype]}, {most} before: {dict(found)}"
 
 
 def test_an_extra_call_counts():
