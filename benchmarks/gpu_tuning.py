@@ -17,7 +17,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
 import guardspace_kernels as gk
 from guardspace_kernels.ops import _triton, _triton_table, null_project_
@@ -95,25 +94,26 @@ def checked(work: Callable[[], torch.Tensor], wanted: torch.Tensor) -> Row:
 def products(record: Record, sizes: Sizes, shapes: tuple[tuple[int, int, int], ...], chip: str, most: int) -> None:
     dtype = torch.bfloat16 if sizes.device == "cuda" else torch.float16  # the interpreter computes on bfloat16's bits
     quick: list[Launch] = []
-    for (T, K, N), columns in itertools.product(shapes, (False, True)):
-        x, W, h, up = (sizes.randn(*shape, dtype=dtype) for shape in ((T, K), (N, K), (T, RANK), (RANK, N)))
+    for (T, K, N), backward in itertools.product(shapes, (False, True)):
+        x, W, h, up = (sizes.randn(*shape, dtype=dtype) for shape in ((T, K), (K, N), (T, RANK), (RANK, N)))
         W, h = W / K**0.5, h / RANK**0.5
-        weight = W.T.contiguous().T if columns else W
-        head = {"what": "product", "T": T, "K": K, "N": N, "transposed": columns}
-        wanted = F.linear(x, weight) + h @ up
+        if not backward:  # y = x Wᵀ + h upᵀ of stored W and up, where dx = dy W + dh down
+            W, up = W.T.contiguous().T, up.T.contiguous().T
+        head = {"what": "product", "T": T, "K": K, "N": N, "backward": backward}
+        wanted = x @ W + h @ up
 
-        def library(x: Any = x, weight: Any = weight, h: Any = h, up: Any = up) -> torch.Tensor:
-            return F.linear(x, weight).addmm_(h, up)
+        def library(x: Any = x, W: Any = W, h: Any = h, up: Any = up) -> torch.Tensor:
+            return (x @ W).addmm_(h, up)
 
         record.attempt({**head, "by": "library"}, partial(checked, library, wanted))
         drops = gpu.dropout_of(0.0, None, x.device)
         for row in _triton_table.rows_for("projected_lora.linear", chip):
             y = torch.empty_like(wanted)
-            tiles = partial(triton_kernels._tiles, row, x, weight, None, h, up, y, 0, drops)
+            tiles = partial(triton_kernels._tiles, row, x, W.T, None, h, up.contiguous(), y, 0, drops)
             record.attempt({**head, "by": "tiles", "row": as_line(row)}, partial(checked, tiles, wanted))
         rows = quick or list(tma_rows(chip))[:most]
         for row in rows:
-            work = partial(triton_tma.linear, row, x, weight, None, h, up)
+            work = partial(triton_tma.linear, row, x, W, None, h, up)
             record.attempt({**head, "by": "tma", "row": as_line(row)}, partial(checked, work, wanted))
         if not quick:  # all rows on the first shape, then the three best of them
             quick = [row for row in rows if as_line(row) in {r["row"] for r in best(record.rows, "tma", 3)}]
@@ -147,7 +147,7 @@ def verdicts(rows: list[Row]) -> Iterator[Row]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if "ms" in row:
-            group = (row["what"], *(row.get(name) for name in ("T", "K", "N", "transposed")))
+            group = (row["what"], *(row.get(name) for name in ("T", "K", "N", "backward")))
             groups.setdefault(group, []).append(row)
     for group, members in groups.items():
         winner = min(members, key=lambda row: row["ms"])

@@ -109,17 +109,17 @@ def test_projected_lora(dtype, dropout):
 TMA_ROWS = [row for row in _triton_table.ROWS if row.kernel == "projected_lora.linear_tma"]
 
 
-@pytest.mark.parametrize("columns", [False, True], ids=["W", "the transpose of W"])
+@pytest.mark.parametrize("by_rows", [False, True], ids=["as stored", "transposed"])
 @pytest.mark.parametrize("row", TMA_ROWS, ids=lambda row: f"{row.targets[0]} {row.key}")
-def test_the_base_product_by_tma(row, columns, monkeypatch):
+def test_the_base_product_by_tma(row, by_rows, monkeypatch):
     """Without a bias: ttsem gives back what a launch wrote to its tensors, not to its descriptors alone, and then y is
     among the former."""
     monkeypatch.setattr(triton_tma, "_processors", lambda device: 3)  # fewer than the tiles
-    x, W, h, up = (torch.randn(*shape).bfloat16() for shape in ((200, 72), (520, 72), (200, 24), (24, 520)))
-    w = W.T.contiguous().to("cuda").T if columns else W.to("cuda")
-    y = triton_tma.linear(row, x.to("cuda"), w, None, h.to("cuda"), up.to("cuda"))
-    exact = x.double() @ W.double().T + h.double() @ up.double()
-    assert_as_exact_as_plain(y.cpu(), x @ W.T + h @ up, exact)
+    x, W, h, up = (torch.randn(*shape).bfloat16() for shape in ((200, 72), (72, 520), (200, 24), (24, 520)))
+    right = [t.T.contiguous().to("cuda").T if by_rows else t.to("cuda") for t in (W, up)]
+    y = triton_tma.linear(row, x.to("cuda"), right[0], None, h.to("cuda"), right[1])
+    exact = x.double() @ W.double() + h.double() @ up.double()
+    assert_as_exact_as_plain(y.cpu(), x @ W + h @ up, exact)
 
 
 @triton.jit

@@ -110,7 +110,8 @@ _OUTER: dict[str, Any] = {
 
 def _linear_tma_tiles(c: dict[str, Any]) -> dict[str, tuple[int, int]]:
     t, n, k, r = (c[f"BLOCK_{name}"] for name in "TNKR")
-    return {"X": (t, k), "W": (n, k) if c["ROWS"] else (k, n), "H": (t, r), "UP": (r, n), "Y": (t, n)}
+    right = {"W": (n, k), "UP": (n, r)} if c["ROWS"] else {"W": (k, n), "UP": (r, n)}
+    return {"X": (t, k), "H": (t, r), "Y": (t, n), **right}
 
 
 KERNELS = {

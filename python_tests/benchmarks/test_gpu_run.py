@@ -164,7 +164,7 @@ def test_the_first_choice_ends(tuning):
 
 def test_verdicts(tuning):
     def product(by, K, ms, row=None):
-        return {"what": "product", "T": 64, "K": K, "N": 64, "transposed": False, "by": by, "ms": ms, "row": row}
+        return {"what": "product", "T": 64, "K": K, "N": 64, "backward": False, "by": by, "ms": ms, "row": row}
 
     rows = [
         product("library", 256, 2.0), product("tma", 256, 1.0, "line"), product("library", 512, 2.0),

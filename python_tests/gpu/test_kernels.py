@@ -240,23 +240,20 @@ def test_choices_by_measurement_are_kept_and_change_nothing(cuda, kernels, tmp_p
     assert "covariance.add_tiles" in choices.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("columns", [False, True], ids=["W", "the transpose of W"])
+@pytest.mark.parametrize("by_rows", [False, True], ids=["as stored", "transposed"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("T, K, N, R", [(3000, 1032, 2056, 24), (40, 64, 128, 8)], ids=["many tiles", "one tile"])
-def test_the_base_product_by_tma(cuda, kernels, T, K, N, R, dtype, columns):
-    rows = [
-        row
-        for row in _triton_table.ROWS
-        if row.kernel == "projected_lora.linear_tma" and _triton.target(cuda) in row.targets
-    ]
+def test_the_base_product_by_tma(cuda, kernels, T, K, N, R, dtype, by_rows):
+    kernel = "projected_lora.linear_tma"
+    rows = [row for row in _triton_table.ROWS if row.kernel == kernel and _triton.target(cuda) in row.targets]
     if kernels != "triton" or not rows:
         pytest.skip("Triton's, on chips with TMA")
     from guardspace_kernels.ops.projected_lora import triton_tma
 
-    x, W, bias, h, up = (torch.randn(*s, device=cuda).to(dtype) for s in ((T, K), (N, K), (N,), (T, R), (R, N)))
-    w = W.T.contiguous().T if columns else W
-    plain, exact = x @ W.T + bias + h @ up, x.double() @ W.double().T + bias.double() + h.double() @ up.double()
+    x, W, bias, h, up = (torch.randn(*s, device=cuda).to(dtype) for s in ((T, K), (K, N), (N,), (T, R), (R, N)))
+    plain, exact = x @ W + bias + h @ up, x.double() @ W.double() + bias.double() + h.double() @ up.double()
+    W, up = (t.T.contiguous().T if by_rows else t for t in (W, up))
     for row in rows:
-        replay = captured(cuda, lambda row=row: triton_tma.linear(row, x, w, bias, h, up))
-        for y in (triton_tma.linear(row, x, w, bias, h, up), replay()):
+        replay = captured(cuda, lambda row=row: triton_tma.linear(row, x, W, bias, h, up))
+        for y in (triton_tma.linear(row, x, W, bias, h, up), replay()):
             assert_as_exact_as_plain(y, plain, exact, row.key)

@@ -20,13 +20,14 @@ ROWS = [row for row in _triton_table.ROWS if row.kernel == "projected_lora.linea
 SMALL = replace(ROWS[0], constants={**ROWS[0].constants, "BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_K": 16, "BLOCK_R": 16})
 
 
-def operands(T, K, N, R, dtype, columns=False):
-    x, W, bias, h, up = (torch.randn(*shape).to(dtype) for shape in ((T, K), (N, K), (N,), (T, R), (R, N)))
-    return x, W.T.contiguous().T if columns else W, bias, h, up
+def operands(T, K, N, R, dtype, by_rows=False):
+    """x, W, bias, h and up; W and up as they are, or the transposes of what is stored."""
+    x, W, bias, h, up = (torch.randn(*shape).to(dtype) for shape in ((T, K), (K, N), (N,), (T, R), (R, N)))
+    return (x, W.T.contiguous().T, bias, h, up.T.contiguous().T) if by_rows else (x, W, bias, h, up)
 
 
 def product(x, W, bias, h, up):
-    y = x @ W.T + h @ up
+    y = x @ W + h @ up
     return y if bias is None else y + bias
 
 
@@ -37,21 +38,21 @@ def assert_exact(row, *arguments):
     assert_as_exact_as_plain(ours, product(*arguments), product(*double))
 
 
-@pytest.mark.parametrize("columns", [False, True], ids=["W", "the transpose of W"])
+@pytest.mark.parametrize("by_rows", [False, True], ids=["as stored", "transposed"])
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.targets[0]} {row.key}")
-def test_rows_of_the_table(row, columns):
-    assert_exact(row, *operands(140, 72, 264, 24, torch.bfloat16, columns))
+def test_rows_of_the_table(row, by_rows):
+    assert_exact(row, *operands(140, 72, 264, 24, torch.bfloat16, by_rows))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("columns", [False, True], ids=["W", "the transpose of W"])
+@pytest.mark.parametrize("by_rows", [False, True], ids=["as stored", "transposed"])
 @pytest.mark.parametrize(
     "T, K, N, R",
     [(70, 40, 72, 24), (1, 16, 32, 8), (16, 8, 8, 40), (300, 32, 64, 16)],
     ids=["ragged", "one token", "narrow", "more tiles than programs"],
 )
-def test_sizes(T, K, N, R, columns, dtype):
-    assert_exact(SMALL, *operands(T, K, N, R, dtype, columns))
+def test_sizes(T, K, N, R, by_rows, dtype):
+    assert_exact(SMALL, *operands(T, K, N, R, dtype, by_rows))
 
 
 def test_without_a_bias_and_beside_other_columns():
@@ -65,12 +66,13 @@ def test_without_a_bias_and_beside_other_columns():
     "change, reason",
     [
         ({"x": lambda x: x.float()}, "x is torch.float32; the TMA kernel multiplies 16-bit numbers"),
-        ({"x": lambda x: x[:0]}, r"x \(0, 32\) is empty"),
-        ({"x": lambda x: x[:, 1:]}, r"x \(40, 31\) has strides \(32, 1\) and starts at 0x"),
-        ({"h": lambda h: h[:, ::2]}, r"h \(40, 8\) has strides \(16, 2\) and starts at 0x"),
-        ({"up": lambda up: up[:, :44].contiguous()}, r"up \(16, 44\) has strides \(44, 1\)"),
-        ({"up": lambda up: up[:0]}, r"up \(0, 48\) is empty"),
-        ({"W": lambda W: W[:44]}, "weight has 44 rows; a multiple of 8"),
+        ({"x": lambda x: x[:0]}, "x is empty"),
+        ({"x": lambda x: x[:, 1:]}, r"x, stored as \(40, 31\), has strides \(32, 1\) and starts at 0x"),
+        ({"h": lambda h: h[:, ::2]}, r"h, stored as \(40, 8\), has strides \(16, 2\) and starts at 0x"),
+        ({"up": lambda up: up[:, :44].contiguous()}, r"up, stored as \(16, 44\), has strides \(44, 1\)"),
+        ({"up": lambda up: up.T.contiguous().T}, r"up, stored as \(16, 48\), has .* in the same orientation"),
+        ({"up": lambda up: up[:0]}, "up is empty"),
+        ({"W": lambda W: W[:, :44]}, "y has 44 columns; with a multiple of 8"),
     ],
 )
 def test_what_no_descriptor_takes_is_refused(change, reason):

@@ -18,15 +18,24 @@ from guardspace_kernels.ops._triton_table import KERNELS, Row
 
 
 @triton.jit
+def _plus_update(total, H, UP, t, n, j, ROWS: tl.constexpr):
+    if ROWS:
+        total = tl.dot(H.load([t, j]), UP.load([n, j]).T, total)
+    else:
+        total = tl.dot(H.load([t, j]), UP.load([j, n]), total)
+    return total
+
+
+@triton.jit
 def linear_tma(
     X, W, BIAS, H, UP, Y, T, N, K, R, programs, biased,
     ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """``Y = X Wᵀ + bias + H UP``; each program takes every ``programs``-th tile.
+    """``Y = X W + bias + H UP``; each program takes every ``programs``-th tile.
 
-    W is (N, K) with ``ROWS``, else (K, N). All but BIAS are descriptors: what lies outside of a matrix is read as zero
-    and not written, so no tile needs a mask.
+    W is (K, N) and UP is (R, N), or with ``ROWS`` the transposes of both. All but BIAS are descriptors: what lies
+    outside of a matrix is read as zero and not written, so no tile needs a mask.
     """
     MOST: tl.constexpr = 8  # blocks of tokens share blocks of weights in the cache
     blocks_t, blocks_n = tl.cdiv(T, BLOCK_T), tl.cdiv(N, BLOCK_N)
@@ -45,42 +54,45 @@ def linear_tma(
             else:
                 total = tl.dot(x, W.load([k, n]), total)
         if SPECIALIZE:  # R ≤ BLOCK_R: of a specialised loop Triton 3.8 pipelines one inner loop, not two
-            total = tl.dot(H.load([t, 0]), UP.load([0, n]), total)
+            total = _plus_update(total, H, UP, t, n, 0, ROWS)
         else:
             for step in tl.range(0, tl.cdiv(R, BLOCK_R), num_stages=2):
-                total = tl.dot(H.load([t, step * BLOCK_R]), UP.load([step * BLOCK_R, n]), total)
+                total = _plus_update(total, H, UP, t, n, step * BLOCK_R, ROWS)
         column = n + tl.arange(0, BLOCK_N)
         total += tl.load(BIAS + column, mask=(column < N) & (biased != 0), other=0.0).to(tl.float32)
         Y.store([t, n], total.to(Y.dtype))
 
 
 def accepts(row: Row, x: torch.Tensor, weight: torch.Tensor, h: torch.Tensor, up: torch.Tensor) -> tuple[bool, str]:
-    """Whether the kernel takes these operands of ``x Wᵀ + h up``, and why not."""
+    """Whether the kernel takes these operands of ``x weight + h up``, and why not."""
     if row.constants["SPECIALIZE"] and len(up) > row.constants["BLOCK_R"]:
         return False, f"the update has rank {len(up)}; a specialised row takes {row.constants['BLOCK_R']} at most"
     if x.dtype not in (torch.float16, torch.bfloat16):
         return False, f"x is {x.dtype}; the TMA kernel multiplies 16-bit numbers"
-    for name, matrix in {"x": x, "weight": _by_rows(weight)[0], "h": h, "up": up}.items():
+    by_rows = _by_rows(weight)
+    stored = {"x": x, "weight": weight.T if by_rows else weight, "h": h, "up": up.T if by_rows else up}
+    for name, matrix in stored.items():
         if not matrix.numel():
-            return False, f"{name} {tuple(matrix.shape)} is empty, and a descriptor needs a matrix"
+            return False, f"{name} is empty, and a descriptor needs a matrix"
         if matrix.stride(1) != 1 or matrix.stride(0) % 8 or matrix.data_ptr() % 16:
             return False, (
-                f"{name} {tuple(matrix.shape)} has strides {matrix.stride()} and starts at {matrix.data_ptr():#x}; "
-                "a descriptor needs adjacent columns, and rows that start at multiples of 16 bytes"
+                f"{name}, stored as {tuple(matrix.shape)}, has strides {matrix.stride()} and starts at "
+                f"{matrix.data_ptr():#x}; a descriptor needs adjacent columns, and rows that start at multiples of 16 "
+                "bytes, of weight and up in the same orientation"
             )
-    if weight.shape[0] % 8:
-        return False, f"weight has {weight.shape[0]} rows; a multiple of 8 lets y's rows start at multiples of 16 bytes"
+    if weight.shape[1] % 8:
+        return False, f"y has {weight.shape[1]} columns; with a multiple of 8 its rows start at multiples of 16 bytes"
     return True, "16-bit matrices whose rows start at multiples of 16 bytes"
 
 
 def linear(
     row: Row, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, h: torch.Tensor, up: torch.Tensor
 ) -> torch.Tensor:
-    """``x Wᵀ + bias + h up`` by a row of the table.
+    """``x weight + bias + h up`` by a row of the table.
 
     Args:
-        x: (T, K). weight: (N, K), or such a view of a (K, N) matrix. bias: (N,). h: (T, R). up: (R, N). All of x's
-            dtype, float16 or bfloat16.
+        x: (T, K). weight: (K, N). bias: (N,). h: (T, R). up: (R, N). All of x's dtype, float16 or bfloat16. weight and
+            up are row-major both, or both transposed views of such matrices.
 
     Raises:
         ValueError: what :func:`accepts` refuses.
@@ -88,9 +100,9 @@ def linear(
     ok, reason = accepts(row, x, weight, h, up)
     if not ok:
         raise ValueError(f"projected_lora by TMA: {reason}")
-    (T, K), N, (w, by_rows) = x.shape, weight.shape[0], _by_rows(weight)
+    (T, K), N, by_rows = x.shape, weight.shape[1], _by_rows(weight)
     y = x.new_empty((T, N))
-    matrices = {"X": x, "W": w, "H": h, "UP": up, "Y": y}
+    matrices = {"X": x, "W": weight.T if by_rows else weight, "H": h, "UP": up.T if by_rows else up, "Y": y}
     shapes = KERNELS[row.kernel].descriptors({**row.constants, "ROWS": by_rows})
     described = {name: TensorDescriptor.from_tensor(matrices[name], [*shape]) for name, shape in shapes.items()}
     tiles = blocks(T, row.constants["BLOCK_T"]) * blocks(N, row.constants["BLOCK_N"])
@@ -105,9 +117,9 @@ def linear(
     return y
 
 
-def _by_rows(weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """The matrix as it lies in memory, and whether that is ``weight`` itself and not its transpose."""
-    return (weight, True) if weight.stride(1) == 1 else (weight.T, False)
+def _by_rows(weight: torch.Tensor) -> bool:
+    """Whether (K, N) is the transpose of what is stored."""
+    return weight.stride(1) != 1
 
 
 @cache
