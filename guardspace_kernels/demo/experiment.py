@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import platform
@@ -36,10 +37,8 @@ from .model import (
 )
 from .prompts import AGREEING_STUBS
 from .training import (
-    AdapterState,
     Example,
     TrainingRun,
-    adapter_state,
     encode_answer,
     encode_prompt,
     left_padded,
@@ -96,6 +95,7 @@ class Row:
     steps: int = 0
     loss: float | None = None
     train_seconds: float = 0.0
+    step_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class _Experiment:
         with self.phase("evaluate"), tqdm(total=self.evaluator.prompts, desc=description, unit="prompt") as bar:
             return self.evaluator(model, bar.update)
 
-    def batches(self, prompts: list[str], size: int = 20) -> list[dict[str, torch.Tensor]]:
+    def batches(self, prompts: list[str], size: int) -> list[dict[str, torch.Tensor]]:
         """Left-padded batches of similar lengths for the guardspace API."""
         encoded = sorted((encode_prompt(self.tokenizer, p) for p in prompts), key=len)
         padded = [left_padded(encoded[i : i + size], self.pad) for i in range(0, len(encoded), size)]
@@ -204,7 +204,7 @@ class _Experiment:
     def collect_and_plan(self, model: torch.nn.Module) -> None:
         s = self.settings
         with self.phase("collect statistics"):
-            batches = self.batches(self.data.calibration)
+            batches = self.batches(self.data.calibration, 40)
             self.stats = gk.collect_statistics(model, batches, answer_tokens=s.answer_tokens, progress=True)
         with self.phase("plan"):
             config = gk.GuardConfig(rank=s.rank, alpha=s.alpha, protect=s.protect)
@@ -253,21 +253,19 @@ class _Experiment:
                 snapshot_at=snapshot_at,
             )
 
-    def evaluate_adapter(self, guarded: bool, state: AdapterState, description: str) -> Evaluation:
-        """Evaluate the adapter merged into the weights, which generates faster."""
-        model: Any = self.build(guarded)
-        load_adapter_state(model, state)
+    def evaluate_merged(self, model: Any, description: str) -> Evaluation:
+        """Evaluate the adapter merged into the weights, which generates faster; `model` is used up."""
         return self.evaluate(model.merge_and_unload(), description)
 
     def certify(self, model: torch.nn.Module, description: str) -> gk.DriftReport:
-        heldout = self.batches([request for _, request in self.data.heldout[: self.settings.certified_heldout]])
+        heldout = self.batches([request for _, request in self.data.heldout[: self.settings.certified_heldout]], 16)
         with self.phase("certify"), tqdm(total=1, desc=description, unit="report") as bar:
             report = gk.certify(model, self.stats, heldout=heldout)
             bar.update()
         return report
 
     def export(self, model: Any) -> tuple[str, PlainPeftCheck]:
-        """Export the adapter, load it with plain PEFT on the untouched base and compare logits (casts `model`)."""
+        """Export the adapter, load it with plain PEFT on the untouched base and compare logits."""
         folder = self.out_dir / "adapter"
         with self.phase("export"), tqdm(total=1, desc="export, load in plain PEFT", unit="adapter") as bar:
             exported = gk.export_lora(model, folder, stats=self.stats)
@@ -275,7 +273,7 @@ class _Experiment:
             batch = left_padded([encode_prompt(self.tokenizer, p) for p in prompts], self.pad, best_device())
             plain = peft.PeftModel.from_pretrained(load_model(self.aligned, dtype=torch.float32), str(folder)).eval()
             with torch.no_grad():
-                ours = model.float().eval()(**batch, logits_to_keep=1).logits[:, -1]
+                ours = copy.deepcopy(model).float().eval()(**batch, logits_to_keep=1).logits[:, -1]
                 theirs = plain(**batch, logits_to_keep=1).logits[:, -1]
             difference = ((ours - theirs).norm() / ours.norm()).item()
             same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
@@ -293,30 +291,27 @@ def _compare(
     """Train GuardSpace and plain LoRA on one task and append their rows; `inspect` sees both trained models."""
     examples = run.examples(task)
 
-    def fit(guarded: bool, label: str, snapshot_at: float | None = None) -> tuple[TrainingRun, AdapterState]:
+    def fit(guarded: bool, label: str, snapshot_at: float | None = None) -> tuple[TrainingRun, Row]:
         model = run.build(guarded)
         trained = run.train(model, examples, f"{name}: train {label}", snapshot_at)
-        state = adapter_state(model)
         if inspect:
             inspect(guarded, model)
-        return trained, state
+        evaluation = run.evaluate_merged(model, f"{name}: test {label}")
+        times = trained.seconds, trained.step_seconds
+        return trained, Row(task, label, evaluation, len(trained.losses), trained.smoothed(), *times)
 
     # GuardSpace goes first: its final loss is where plain LoRA's early-stopped copy is taken.
-    guard_run, guard_state = fit(True, GUARDED)
-    guard_row = Row(task, GUARDED, None, len(guard_run.losses), guard_run.smoothed(), guard_run.seconds)
-    guard_row.evaluation = run.evaluate_adapter(True, guard_state, f"{name}: test {GUARDED}")
-    plain_run, plain_state = fit(False, PLAIN, snapshot_at=guard_run.smoothed())
-    plain_row = Row(task, PLAIN, None, len(plain_run.losses), plain_run.smoothed(), plain_run.seconds)
-    plain_row.evaluation = run.evaluate_adapter(False, plain_state, f"{name}: test {PLAIN}")
+    guard_run, guard_row = fit(True, GUARDED)
+    plain_run, plain_row = fit(False, PLAIN, snapshot_at=guard_run.smoothed())
     stopped = Row(task, STOPPED, None)
     if plain_run.snapshot is not None and plain_run.snapshot_step is not None:
         stopped.steps = plain_run.snapshot_step
         stopped.loss = TrainingRun(plain_run.losses[: stopped.steps]).smoothed()
-        stopped.evaluation = (
-            plain_row.evaluation
-            if stopped.steps == plain_row.steps
-            else run.evaluate_adapter(False, plain_run.snapshot, f"{name}: test LoRA, same loss")
-        )
+        stopped.evaluation = plain_row.evaluation
+        if stopped.steps != plain_row.steps:
+            model = run.build(False)
+            load_adapter_state(model, plain_run.snapshot)
+            stopped.evaluation = run.evaluate_merged(model, f"{name}: test LoRA, same loss")
     rows += [plain_row, stopped, guard_row]
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -71,6 +74,20 @@ def _publish(target: Path, write: Callable[[Path], None]) -> Path:
     return target
 
 
+@contextmanager
+def _remembered(module: ModuleType, *names: str) -> Iterator[None]:
+    """Within, functions of a module give again what they gave for the same arguments. Transformers parses a GGUF file
+    three times, with an object for each token of the vocabulary, and makes one table of names for each module."""
+    functions = {name: getattr(module, name) for name in names}
+    try:
+        for name, function in functions.items():
+            setattr(module, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(module, name, function)
+
+
 def _key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -80,6 +97,8 @@ def converted_model() -> Path:
     target = cache_dir() / "models" / f"smollm2-135m-instruct-{MODEL.version}-{_key(CHAT_TEMPLATE)}"
     if (target / "config.json").is_file():
         return target
+    import gguf
+
     fetch([MODEL])
     source = MODEL.path()
 
@@ -91,8 +110,9 @@ def converted_model() -> Path:
             pass
         else:
             options["quantization_config"] = GgufConfig(dequantize=True)
-        packed = AutoModelForCausalLM.from_pretrained(source.parent, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        with _remembered(gguf, "GGUFReader", "get_tensor_name_map"):
+            packed = AutoModelForCausalLM.from_pretrained(source.parent, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         # save_pretrained of a model loaded from GGUF raises: its configuration still says that it is quantised.
         settings = packed.config.to_dict()
         settings.pop("quantization_config", None)

@@ -68,6 +68,19 @@ def _notes(result: DemoResult) -> list[str]:
     ]
 
 
+def _costs(result: DemoResult) -> list[str]:
+    """What a training step with the guard costs in time."""
+    lines = []
+    for task in dict.fromkeys(row.task for row in result.rows):
+        found = [row.step_seconds for label in (GUARDED, PLAIN) if (row := result.row(task, label))]
+        if len(found) == 2 and all(found):
+            lines.append(
+                f"{task}: a training step of GuardSpace, in its default mode, took {found[0] / found[1]:.2f} times one "
+                f"of plain LoRA ({found[0]:.2f} s against {found[1]:.2f} s, medians)."
+            )
+    return lines
+
+
 def _mean_drift(report: gk.DriftReport) -> float:
     return mean(layer.drift for layer in report.layers)
 
@@ -148,7 +161,7 @@ def _markdown(result: DemoResult) -> str:
 
 ![Refusals kept against task accuracy, and drift per layer](figure.png)
 
-{chr(10).join([table(result, markdown=True), *(f"{chr(10)}{note}" for note in _notes(result))])}
+{chr(10).join([table(result, markdown=True), *(f"{chr(10)}{note}" for note in [*_notes(result), *_costs(result)])])}
 
 {chr(10).join(f"- {line}" for line in _verdicts(result, ("holds:", "**fails:**")))}
 
@@ -209,6 +222,7 @@ def _json(result: DemoResult) -> dict[str, Any]:
     for row in result.rows:
         entry: dict[str, Any] = {
             "task": row.task, "method": row.method, "steps": row.steps, "loss": row.loss, "seconds": row.train_seconds,
+            "step_seconds": row.step_seconds,
         }  # fmt: skip
         if e := row.evaluation:
             rates = {"refuses": e.refuses, "complies": e.complies, "other": e.other, "over_refuses": e.over_refuses}
@@ -335,6 +349,7 @@ def write_report(result: DemoResult) -> str:
             "",
             table(result),
             *_notes(result),
+            *_costs(result),
             "",
             *_verdicts(result, ("✓", "✗")),
             "",
