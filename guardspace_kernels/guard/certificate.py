@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -248,15 +248,21 @@ def checked_covariance(name: str, entry: InputStatistics, device: torch.device |
     return covariance
 
 
-def _certify_layers(layers: dict[str, AdaptedLayer], stats: CalibrationStatistics) -> list[LayerDrift]:
-    """One covariance at a time: those that read one input (q/k/v, gate/up) share it, and ``tr(P C)``."""
+def covariances(
+    layers: dict[str, AdaptedLayer], stats: CalibrationStatistics
+) -> Iterator[tuple[list[str], InputStatistics, torch.Tensor]]:
+    """(names, their input's statistics, its C in float64): one at a time, with all the layers that read that input."""
     readers: dict[int, list[str]] = {}
     for name in layers:
         readers.setdefault(id(stats.for_layer(name)), []).append(name)
-    rows = {}
     for names in readers.values():
         entry = stats.for_layer(names[0])
-        C = checked_covariance(names[0], entry, layers[names[0]].weight.device).double()
+        yield names, entry, checked_covariance(names[0], entry, layers[names[0]].weight.device).double()
+
+
+def _certify_layers(layers: dict[str, AdaptedLayer], stats: CalibrationStatistics) -> list[LayerDrift]:
+    rows = {}
+    for names, entry, C in covariances(layers, stats):
         free: dict[NullSpaceProjector | None, float] = {}
         for name in names:
             projector = layers[name].projector

@@ -16,7 +16,7 @@ from guardspace_kernels.guard.adapted import adapted_layers
 from guardspace_kernels.guard.adapter_folder import ADAPTER_CONFIG, write_adapter
 from guardspace_kernels.guard.atomic import write_json
 from guardspace_kernels.guard.beside import check_trained, check_unchanged, weights_beside
-from guardspace_kernels.guard.certificate import check_statistics, checked_covariance, relative_drift
+from guardspace_kernels.guard.certificate import check_statistics, covariances, relative_drift
 from guardspace_kernels.guard.drift import largest
 from guardspace_kernels.guard.layers import adapted_base
 from guardspace_kernels.guard.peft_description import auto_mapping, target_modules, task_type
@@ -120,6 +120,7 @@ def plain_lora(
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in beside.items()}
     leak: dict[str, float] = {}
     drift: dict[str, float] = {}
+    rounded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     if stats is not None:
         check_statistics(model, layers, stats)
     rank = max(layer.G.shape[0] for layer in layers.values())
@@ -131,9 +132,14 @@ def plain_lora(
         missing = rank - G.shape[0]
         tensors[peft_key(name, "lora_A")] = nn.functional.pad(G, (0, 0, 0, missing)).cpu().contiguous()
         tensors[peft_key(name, "lora_B")] = nn.functional.pad(F, (0, missing)).cpu().contiguous()
-        leak[name] = layer.leak(F, G)
-        if stats is not None:
-            drift[name] = relative_drift(F, G, layer.weight, checked_covariance(name, stats.for_layer(name)))
+        leak[name], rounded[name] = layer.leak(F, G), (F, G)
+    if stats is not None:
+        found = {
+            name: relative_drift(*rounded[name], layers[name].weight, C)
+            for names, _, C in covariances(layers, stats)
+            for name in names
+        }
+        drift = {name: found[name] for name in layers}
     base = adapted_base(model)
     task = task_type(base)
     config = LoraConfig(
