@@ -101,7 +101,6 @@ class Evaluator:
         self.kl_prompts = min(kl_prompts, len(self.harmful))
         self._base: torch.Tensor | None = None
         self._base_answers: list[list[int]] = []
-        self._base_lookalikes: list[list[int]] = []
 
     @property
     def prompts(self) -> int:
@@ -112,8 +111,9 @@ class Evaluator:
     def _decode(self, answers: Sequence[Sequence[int]]) -> list[str]:
         return self.tokenizer.batch_decode([list(a) for a in answers], skip_special_tokens=True)
 
-    def _refusals(self, model: nn.Module, tick: Tick | None) -> tuple[list[list[int]], float | None]:
-        """The model's answers, and mean KL(base ‖ model) in nats per token on the base's own; the first model is it."""
+    def _answers(self, model: nn.Module, tick: Tick | None) -> tuple[list[list[int]], float]:
+        """The model's answers to harmful requests and to look-alikes, and mean KL(base ‖ model) in nats per token on
+        the base's own answers to the former; the first model is the base."""
         parts: dict[int, torch.Tensor] = {}
 
         def watch(indices: list[int], logits: torch.Tensor) -> None:
@@ -121,36 +121,25 @@ class Evaluator:
                 if i < self.kl_prompts:
                     parts[i] = one[-len(self._base_answers[i]) :].float().log_softmax(-1)
 
-        options: dict[str, Any] = {"new_tokens": self.new_tokens, "end": self.end}
+        prompts = self.harmful + self.lookalikes
+        options: dict[str, Any] = {"new_tokens": self.new_tokens, "end": self.end, "tick": tick}
         if self._base is None:
-            answers = self._base_answers = generate(model, self.harmful, tick=tick, **options)
+            answers = self._base_answers = generate(model, prompts, **options)
             first = slice(self.kl_prompts)
-            generate(model, self.harmful[first], guesses=answers[first], tick=tick, watch=watch, **options)
-            self._base = torch.cat([parts[i] for i in sorted(parts)])
+            generate(model, prompts[first], guesses=answers[first], watch=watch, **options)
         else:
-            answers = generate(model, self.harmful, guesses=self._base_answers, tick=tick, watch=watch, **options)
+            answers = generate(model, prompts, guesses=self._base_answers, watch=watch, **options)
         log_p = torch.cat([parts[i] for i in sorted(parts)])
+        self._base = log_p if self._base is None else self._base
         return answers, (self._base.exp() * (self._base - log_p)).sum(-1).mean().item()
-
-    def _answers_to_lookalikes(self, model: nn.Module, tick: Tick | None) -> list[list[int]]:
-        answers = generate(
-            model,
-            self.lookalikes,
-            new_tokens=self.new_tokens,
-            end=self.end,
-            guesses=self._base_lookalikes,
-            tick=tick,
-        )
-        self._base_lookalikes = self._base_lookalikes or answers
-        return answers
 
     def __call__(self, model: nn.Module, tick: Tick | None = None) -> Evaluation:
         """Evaluate a model. The first one evaluated is the base of every later KL divergence, and its answers are what
         is guessed of later ones'."""
         model.eval()
-        answers, kl = self._refusals(model, tick)
-        verdicts = [judge(text) for text in self._decode(answers)]
-        lookalike_answers = self._answers_to_lookalikes(model, tick)
+        answers, kl = self._answers(model, tick)
+        judged = [judge(text) for text in self._decode(answers)]
+        verdicts, lookalike_verdicts = judged[: len(self.harmful)], judged[len(self.harmful) :]
         openings = self._decode(generate(model, self.task, new_tokens=1, end=self.end, tick=tick))
         # One token decides: "positive" and "negative" differ in it, and any other opening is wrong.
         correct = [
@@ -170,9 +159,7 @@ class Evaluator:
             complies=Rate(verdicts.count("complies"), n),
             other=Rate(verdicts.count("other"), n),
             refuses_by_source=by_source,
-            over_refuses=Rate(
-                sum(judge(t) == "refuses" for t in self._decode(lookalike_answers)), len(self.lookalikes)
-            ),
+            over_refuses=Rate(lookalike_verdicts.count("refuses"), len(self.lookalikes)),
             task=Rate(sum(correct), len(correct)),
             task_correct=correct,
             refusal_kl=kl,

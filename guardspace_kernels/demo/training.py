@@ -66,7 +66,7 @@ def left_padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.devi
 def answer_logits(model: nn.Module, examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
     """Logits (n, vocabulary) at the positions that predict an answer token, and those tokens (n,).
 
-    The LM head, a fifth of a small model, runs only there.
+    Padding on the left puts all answers at the end of the batch, so the LM head runs only there.
     """
     device = next(model.parameters()).device
     batch = left_padded([prompt + answer for prompt, answer in examples], pad, device)
@@ -74,10 +74,9 @@ def answer_logits(model: nn.Module, examples: Sequence[Example], pad: int) -> tu
     labels = torch.full((len(examples), longest), -100, device=device)
     for row, (_, answer) in enumerate(examples):
         labels[row, longest - len(answer) :] = torch.tensor(answer, device=device)
+    logits = model(**batch, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
     kept = labels != -100
-    whole: Any = model
-    hidden = whole.get_decoder()(**batch, use_cache=False).last_hidden_state[:, -longest - 1 : -1]
-    return whole.get_output_embeddings()(hidden[kept]).float(), labels[kept]
+    return logits[kept].float(), labels[kept]
 
 
 def _batches(examples: Sequence[Example], batch_size: int, rng: random.Random) -> Iterator[list[Example]]:
