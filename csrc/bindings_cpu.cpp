@@ -129,6 +129,25 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         kernels().lora_linear(layer, threads);
     });
+    m.def("tridiagonal_panel",
+          [](const py::object& a, const py::object& v, const py::object& w, const py::object& diagonal,
+             const py::object& beside, const py::object& tau, int threads) {
+              Matrix rest = matrix(a), vs = matrix(v), ws = matrix(w);
+              Matrix d = matrix(diagonal), e = matrix(beside), factors = matrix(tau);
+              py::gil_scoped_release release;
+              kernels().tridiagonal_panel(rest, vs, ws, d, e, factors, threads);
+          });
+    m.def("tridiagonal_values", [](const py::object& diagonal, const py::object& beside) {
+        Matrix d = matrix(diagonal), e = matrix(beside);
+        py::gil_scoped_release release;
+        return kernels().tridiagonal_values(d, e);
+    });
+    m.def("tridiagonal_vectors", [](const py::object& diagonal, const py::object& beside, const py::object& values,
+                                    const py::object& vectors, int threads) {
+        Matrix d = matrix(diagonal), e = matrix(beside), w = matrix(values), rows = matrix(vectors);
+        py::gil_scoped_release release;
+        kernels().tridiagonal_vectors(d, e, w, rows, threads);
+    });
     m.def("outer_product",
           [](const py::object& h, const py::object& x, const py::object& out, double scale, int threads) {
               Matrix left = matrix(h), right = matrix(x), result = matrix(out);

@@ -13,6 +13,9 @@ void null_project(const Projection*, int64_t, int);
 void lora_linear(const LoraLinear&, int);
 void outer_product(const Matrix&, const Matrix&, const Matrix&, double, int);
 void dropout(const Matrix&, const Matrix&, double, uint64_t, bool, int);
+void tridiagonal_panel(const Matrix&, const Matrix&, const Matrix&, const Matrix&, const Matrix&, const Matrix&, int);
+bool tridiagonal_values(const Matrix&, const Matrix&);
+void tridiagonal_vectors(const Matrix&, const Matrix&, const Matrix&, const Matrix&, int);
 
 namespace {
 
@@ -55,8 +58,9 @@ double peak_flops(Dtype dtype, double seconds, int threads) {
 }  // namespace
 
 extern const Kernels kTable;
-const Kernels kTable = {covariance_update, symmetrize,    quadratic_form, null_project,
-                        lora_linear,       outer_product, dropout,        peak_flops};
+const Kernels kTable = {covariance_update,  symmetrize,          quadratic_form, null_project,
+                        lora_linear,        outer_product,       dropout,        tridiagonal_panel,
+                        tridiagonal_values, tridiagonal_vectors, peak_flops};
 
 }  // namespace GUARDSPACE_ISA
 }  // namespace guardspace

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from guardspace_kernels.ops._library import full_float32_products
+from guardspace_kernels.ops._spectrum import Spectrum, orthonormalised
 
 RULES = ("energy", "rank", "paper")
 
@@ -112,19 +113,18 @@ def null_space(
         covariance = covariance.double() / largest  # these rules know no scale, but float32 has a range
     free_of = partial(free_dimensions, rule=rule, protect=protect, protect_dims=protect_dims)
     C = covariance.to(torch.float32 if rule == "energy" and d >= _WIDE else torch.float64)
-    eigenvalues, E = _leading(C, tokens, free_of)
+    solved = _solved(C, tokens, free_of)
     if C.dtype == torch.float32:
-        rounding = d * torch.finfo(torch.float32).eps * eigenvalues[-1]
-        if (1.0 - protect) * eigenvalues.sum() < 10 * rounding:
+        rounding = d * torch.finfo(torch.float32).eps * solved.values[-1]
+        if (1.0 - protect) * solved.values.sum() < 10 * rounding:
             C = covariance.double()
-            eigenvalues, E = _leading(C, tokens, free_of)
-    free = free_of(eigenvalues)
+            solved = _solved(C, tokens, free_of)
+    free = free_of(solved.values)
     if free <= 0:
         raise EmptyNullSpaceError(f"the rule leaves no null space: all {d} dimensions are protected")
-    if d - free > E.shape[1]:
-        E = _completed(E)
-    Q = E[:, E.shape[1] - (d - free) :]
-    outside = _directions_outside(_units(sinks).to(C.dtype), Q)
+    thin = d - free <= free
+    basis = solved.leading(d - free) if thin else solved.trailing(free)
+    outside = _directions_outside(_units(sinks).to(C.dtype), basis, thin)
     added = outside.shape[1]
     if added >= free:
         raise EmptyNullSpaceError(
@@ -133,50 +133,71 @@ def null_space(
     protected = d - free + added
     complement = protected <= d - protected
     if complement:
-        basis = torch.cat([Q, outside], dim=1)
+        basis = torch.cat([basis, outside], dim=1)
     else:
-        basis = _completed(E)[:, :free]
+        basis = solved.trailing(free) if thin else basis
         if added:
             # `outside` lies in the span of this basis: rotated, its first columns are that span, and go.
             reflectors, tau = torch.geqrf(basis.T @ outside)
             basis = torch.ormqr(reflectors, tau, basis, left=False)[:, added:]
-    if C.dtype == torch.float32:
-        basis = 1.5 * basis - 0.5 * basis @ (basis.T @ basis)  # float32 eigenvectors are orthogonal to 1e-5 only
     # The protected eigenvectors hold their eigenvalues: no product of C with a whole basis tells more.
-    held = eigenvalues[free:].double().sum() + ((C @ outside) * outside).double().sum()
+    held = solved.values[free:].double().sum() + ((C @ outside) * outside).double().sum()
     free_energy = min(max(1.0 - float(held / C.diagonal().double().sum()), 0.0), 1.0)
     return NullSpace(basis.contiguous(), complement, protected, added, free_energy)
 
 
-def _leading(
-    C: torch.Tensor, tokens: int | None, free_of: Callable[[torch.Tensor], int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """All eigenvalues of C (d,), ascending, and the eigenvectors of the last m <= d of them (d, m); the others are 0.
+class _Solved:
+    """All eigenvalues of C, ascending, and those of its eigenvectors that are asked for, orthonormal: the whole of C,
+    or its restriction to the range of Q (d, m), outside of which eigenvalues are 0 and any vectors do."""
 
-    In the span of ``C Ω`` for a random Ω if C is of few tokens and what it has outside of that span,
+    def __init__(self, spectrum: Spectrum, Q: torch.Tensor | None = None) -> None:
+        self.spectrum, self.Q = spectrum, Q
+        self.solved = len(spectrum.values)
+        self.values = spectrum.values
+        if Q is not None:
+            self.values = torch.cat([Q.new_zeros(len(Q) - self.solved), self.values.clamp_min(0.0)])
+
+    def leading(self, count: int) -> torch.Tensor:
+        """The last ``count`` of all."""
+        if count > self.solved:
+            return self._completed()[:, -count:]
+        return self._lifted(self.spectrum.vectors(self.solved - count, self.solved))
+
+    def trailing(self, count: int) -> torch.Tensor:
+        """The first ``count`` of all."""
+        return self.spectrum.vectors(0, count) if self.Q is None else self._completed()[:, :count]
+
+    def _lifted(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors if self.Q is None else _exact(self.Q @ vectors)
+
+    def _completed(self) -> torch.Tensor:
+        """(d, d): others before those of the range."""
+        E = self._lifted(self.spectrum.vectors(0, self.solved))
+        return _exact(torch.cat([torch.linalg.qr(E, mode="complete").Q[:, self.solved :], E], dim=1))
+
+
+def _exact(E: torch.Tensor) -> torch.Tensor:
+    """Products and QR in float32 leave columns orthonormal to 1e-5 only."""
+    return orthonormalised(E) if E.dtype == torch.float32 else E
+
+
+def _solved(C: torch.Tensor, tokens: int | None, free_of: Callable[[torch.Tensor], int]) -> _Solved:
+    """In the span of ``C Ω`` for a random Ω if C is of few tokens and what it has outside of that span,
     ``‖(I − Q Qᵀ) C‖_F`` as a few more random vectors tell it, is rounding or negligible beside what the rule leaves
-    unprotected.
-    """
+    unprotected; else as a whole."""
     d = len(C)
     m = d if tokens is None else tokens + _MORE
     if 2 * m <= d:
         random = torch.randn(d, m + _PROBES, generator=torch.Generator().manual_seed(0), dtype=C.dtype)
         images, probes = (C @ random.to(C.device)).split([m, _PROBES], dim=1)
         Q = torch.linalg.qr(images).Q
-        values, V = torch.linalg.eigh(Q.T @ (C @ Q))
-        eigenvalues = torch.cat([C.new_zeros(d - m), values.clamp_min(0.0)])
+        solved = _Solved(Spectrum(Q.T @ (C @ Q)), Q)
         missed = float((probes - Q @ (Q.T @ probes)).double().norm()) / math.sqrt(_PROBES)
-        unprotected = float(eigenvalues[: free_of(eigenvalues)].double().sum())
-        rounding = d * torch.finfo(torch.float64).eps * float(values[-1])
+        unprotected = float(solved.values[: free_of(solved.values)].double().sum())
+        rounding = d * torch.finfo(torch.float64).eps * float(solved.values[-1])
         if missed <= max(_NEGLIGIBLE * unprotected / math.sqrt(d), rounding):
-            return eigenvalues, Q @ V
-    return torch.linalg.eigh(C)
-
-
-def _completed(E: torch.Tensor) -> torch.Tensor:
-    """(d, d): orthonormal columns (d, m) with others before them."""
-    d, m = E.shape
-    return E if m == d else torch.cat([torch.linalg.qr(E, mode="complete").Q[:, m:], E], dim=1)
+            return solved
+    return _Solved(Spectrum(C))
 
 
 def free_dimensions(
@@ -208,12 +229,17 @@ def _units(rows: torch.Tensor) -> torch.Tensor:
     return rows / rows.norm(dim=1, keepdim=True).clamp_min(tiny)
 
 
-def _directions_outside(sinks: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis (d, m) of what the sinks, of norm 1, add to span(Q)."""
-    units = sinks.T - Q @ (Q.T @ sinks.T)
+def _directions_outside(sinks: torch.Tensor, basis: torch.Tensor, complement: bool) -> torch.Tensor:
+    """An orthonormal basis (d, m) of what the sinks, of norm 1, add to the protected directions, which ``basis`` spans,
+    or what it spans if not ``complement``."""
+
+    def outside(columns: torch.Tensor) -> torch.Tensor:
+        along = basis @ (basis.T @ columns)
+        return columns - along if complement else along
+
+    units = outside(sinks.T)
     if units.shape[1] == 0:
         return units
     U, sigma, _ = torch.linalg.svd(units, full_matrices=False)
-    U = U[:, sigma > _SINK_TOLERANCE]
-    # A small remainder is orthogonal to Q less exactly than to its own columns: once more.
-    return torch.linalg.qr(U - Q @ (Q.T @ U)).Q
+    # A small remainder is orthogonal to the protected ones less exactly than to its own columns: once more.
+    return torch.linalg.qr(outside(U[:, sigma > _SINK_TOLERANCE])).Q

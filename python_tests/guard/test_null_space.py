@@ -264,16 +264,16 @@ def sinks_of(count, d=WIDTH):
 
 @pytest.fixture
 def solved(monkeypatch):
-    """How many eigenvectors each solve brought."""
-    widths, leading = [], module._leading
+    """How many eigenvalues each solve brought."""
+    widths, solve = [], module._solved
 
     def spy(*args):
-        values, E = leading(*args)
-        assert values.shape == (len(E),)
-        widths.append(E.shape[1])
-        return values, E
+        found = solve(*args)
+        assert found.values.shape == (len(args[0]),)
+        widths.append(found.solved)
+        return found
 
-    monkeypatch.setattr(module, "_leading", spy)
+    monkeypatch.setattr(module, "_solved", spy)
     return widths
 
 
