@@ -56,7 +56,7 @@ class Sizes:
         return torch.linalg.qr(self.randn(d, k))[0].contiguous()
 
 
-TINY = Sizes("cpu", 32, ((16, 2),), ((24, 2),), ((2, 16, 4, 2),), ("reference",))
+TINY = Sizes("cpu", 72, ((16, 8),), ((24, 2),), ((2, 16, 4, 2),), ("reference",))
 
 
 def call_and_device(work: Work) -> tuple[float, float | None]:

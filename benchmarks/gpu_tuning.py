@@ -2,6 +2,7 @@
 
 * Base products with a rank-r update: PyTorch's product and ``addmm_``, the kernel of tiles, and the persistent kernel
   that reads through TMA, whose rows vary. ``library_from`` is to be the least K from which the library is quickest.
+* Layers with the best of them.
 * Projections of 64 rows: one kernel's row varies, the others stay.
 
 Each is compared with the library's result first: a row that is wrong has an error and no time.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from guardspace_kernels.ops._triton_launch import target
 from guardspace_kernels.ops._triton_table import Row as Launch
 from guardspace_kernels.ops.projected_lora import gpu, triton_kernels, triton_tma
 
-from .gpu_kernels import Sizes, call_and_device
+from .gpu_kernels import TINY, Sizes, call_and_device, ours
 
 if TYPE_CHECKING:
     from .gpu_run import Record, Row
@@ -49,6 +50,8 @@ def as_line(row: Launch) -> str:
 def tma_rows(chip: str) -> Iterator[Launch]:
     """Those of the table, then their neighbours."""
     table = _triton_table.rows_for("projected_lora.linear_tma", chip)
+    if not table:
+        return
     yield from table
     for block_t, block_n, block_k, warps, stages in (
         (128, 128, 64, 4, 4), (128, 128, 64, 8, 5), (128, 128, 128, 8, 3), (256, 128, 64, 8, 3), (64, 256, 64, 4, 4),
@@ -91,9 +94,10 @@ def checked(work: Callable[[], torch.Tensor], wanted: torch.Tensor) -> Row:
     return {"ms": call if device is None else device, "error": error}
 
 
-def products(record: Record, sizes: Sizes, shapes: tuple[tuple[int, int, int], ...], chip: str, most: int) -> None:
+def products(
+    record: Record, sizes: Sizes, shapes: tuple[tuple[int, int, int], ...], chip: str, rows: list[Launch]
+) -> None:
     dtype = torch.bfloat16 if sizes.device == "cuda" else torch.float16  # the interpreter computes on bfloat16's bits
-    quick: list[Launch] = []
     for (T, K, N), backward in itertools.product(shapes, (False, True)):
         x, W, h, up = (sizes.randn(*shape, dtype=dtype) for shape in ((T, K), (K, N), (T, RANK), (RANK, N)))
         W, h = W / K**0.5, h / RANK**0.5
@@ -111,18 +115,61 @@ def products(record: Record, sizes: Sizes, shapes: tuple[tuple[int, int, int], .
             y = torch.empty_like(wanted)
             tiles = partial(triton_kernels._tiles, row, x, W.T, None, h, up.contiguous(), y, 0, drops)
             record.attempt({**head, "by": "tiles", "row": as_line(row)}, partial(checked, tiles, wanted))
-        rows = quick or list(tma_rows(chip))[:most]
         for row in rows:
             work = partial(triton_tma.linear, row, x, W, None, h, up)
             record.attempt({**head, "by": "tma", "row": as_line(row)}, partial(checked, work, wanted))
-        if not quick:  # all rows on the first shape, then the three best of them
-            quick = [row for row in rows if as_line(row) in {r["row"] for r in best(record.rows, "tma", 3)}]
         if sizes.device == "cuda":
             torch.cuda.empty_cache()
 
 
-def best(rows: list[Row], by: str, count: int) -> list[Row]:
-    return sorted((row for row in rows if row.get("by") == by and "ms" in row), key=lambda row: row["ms"])[:count]
+def quickest(rows: list[Row], among: list[Launch], count: int = 3) -> list[Launch]:
+    """Those whose times as shares of the quickest of each product have the least sum, of those timed most often."""
+    times: dict[str, list[float]] = {}
+    for members in _groups(rows).values():
+        least = min(row["ms"] for row in members)
+        for row in members:
+            times.setdefault(row.get("row", ""), []).append(row["ms"] / least)
+    timed = [row for row in among if as_line(row) in times]
+    return sorted(timed, key=lambda row: (-len(times[as_line(row)]), sum(times[as_line(row)])))[:count]
+
+
+@contextmanager
+def base_product(row: Launch) -> Iterator[list[int]]:
+    """Layers take the TMA form where it accepts; gives a list whose length is how often."""
+    passes, taken = triton_kernels._PASSES, list[int]()
+    before = passes.linear
+
+    def linear(x, weight, bias, h, up, dropped=0, dropout=None):  # type: ignore[no-untyped-def]
+        if dropped or not triton_tma.accepts(row, x, weight.T, h, up)[0]:
+            return before(x, weight, bias, h, up, dropped, dropout)
+        taken.append(1)
+        return triton_tma.linear(row, x, weight.T, bias, h, up)
+
+    passes.linear = linear
+    try:
+        yield taken
+    finally:
+        passes.linear = before
+
+
+def whole_layers(record: Record, sizes: Sizes, rows: list[Launch]) -> None:
+    """Forward and backward of a guarded layer, with the library's base product and with the best of the TMA forms."""
+    dtype = torch.bfloat16 if sizes.device == "cuda" else torch.float16
+    for d, r in sizes.layers:
+        x, W, dy = (sizes.randn(*shape, dtype=dtype) for shape in ((sizes.tokens, d), (d, d), (sizes.tokens, d)))
+        A, B = sizes.randn(r, d).requires_grad_(), sizes.randn(d, r).requires_grad_()
+        work = partial(ours, x.requires_grad_(), W, A, B, sizes.basis(d, d // 8), dy)
+        for row in (None, *rows):
+            head = {"what": "layer", "T": sizes.tokens, "K": d, "N": d, "rank": r, "by": "tma" if row else "library"}
+
+            def measured(row: Launch | None = row, work: Any = work) -> Row:
+                with gk.use_backend("triton"), base_product(row) if row else nullcontext([1]) as taken:
+                    call, device = call_and_device(work)
+                if not taken:
+                    raise RuntimeError("the layer has operands that the TMA form does not take")
+                return {"ms": call if device is None else device, "call_ms": call}
+
+            record.attempt({**head, "row": as_line(row)} if row else head, measured)
 
 
 def projections(record: Record, sizes: Sizes, size: tuple[int, int, int, int], chip: str, most: int) -> None:
@@ -144,11 +191,7 @@ def projections(record: Record, sizes: Sizes, size: tuple[int, int, int, int], c
 def verdicts(rows: list[Row]) -> Iterator[Row]:
     """The quickest of each product and of each projection, as a share of the library's time or the table's row's; and
     from which K on it is the library."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        if "ms" in row:
-            group = (row["what"], *(row.get(name) for name in ("T", "K", "N", "backward")))
-            groups.setdefault(group, []).append(row)
+    groups = _groups(rows)
     for group, members in groups.items():
         winner = min(members, key=lambda row: row["ms"])
         beside = next((row["ms"] for row in members if row["by"] == "library"), members[0]["ms"])
@@ -165,6 +208,16 @@ def verdicts(rows: list[Row]) -> Iterator[Row]:
         }
 
 
+def _groups(rows: list[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Those that have a time, by what they time."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if "ms" in row:
+            group = (row["what"], *(row.get(name) for name in ("T", "K", "N", "rank", "backward")))
+            groups.setdefault(group, []).append(row)
+    return groups
+
+
 def _library_wins(rows: list[Row]) -> bool:
     return min(rows, key=lambda row: row["ms"])["by"] == "library"
 
@@ -172,18 +225,18 @@ def _library_wins(rows: list[Row]) -> bool:
 def run(record: Record, smoke: bool) -> None:
     torch.manual_seed(0)
     chip = "sm90" if smoke else target(torch.device("cuda"))
-    if chip is None or smoke:
-        _triton.devices.add("cpu")  # where Triton's interpreter runs the kernels
-        sizes, shapes, size, most = Sizes("cpu"), ((48, 64, 64),), (4, 32, 8, 2), 2
-    else:
-        sizes, shapes, size, most = Sizes(), PRODUCTS, PROJECTION, 100
     if chip is None:
         record.add({"left_out": "the Triton kernels have no rows for this chip"})
         return
-    if _triton_table.rows_for("projected_lora.linear_tma", chip):
-        products(record, sizes, shapes[:2], chip, most)
+    sizes, shapes, size, most = Sizes(), PRODUCTS, PROJECTION, 100
+    if smoke:
+        _triton.devices.add("cpu")  # where Triton's interpreter runs the kernels
+        sizes, shapes, size, most = TINY, ((48, 64, 64),), (4, 32, 8, 2), 2
+    rows = list(tma_rows(chip))[:most]
+    products(record, sizes, shapes[:2], chip, rows)
+    rows = quickest(record.rows, rows)
+    whole_layers(record, sizes, rows[:1])
     projections(record, sizes, size, chip, most)
-    if len(shapes) > 2:
-        products(record, sizes, shapes[2:], chip, most)
+    products(record, sizes, shapes[2:], chip, rows)
     for row in verdicts(record.rows):
         record.add(row)

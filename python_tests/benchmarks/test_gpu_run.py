@@ -40,6 +40,7 @@ def test_all_of_it_in_tiny_sizes_on_the_cpu(tmp_path):
     layer = {row["by"] for row in found["layers"] if row["work"].startswith("layer")}
     assert {"reference", "plain LoRA, no projector", "PEFT's layer", "guarded layer", "frozen layer"} <= layer
     tuned = {row.get("by") for row in found["tuning"]}
+    assert {row["by"] for row in found["tuning"] if row.get("what") == "layer"} == {"library", "tma"}
     assert {"library", "tiles", "tma", "null_projection.onto_basis", "null_projection.from_basis"} <= tuned
     assert [row["K"] for row in found["tuning"] if row.get("best") == "library_from"]
     (row,) = found["ncu"]
@@ -160,6 +161,33 @@ def test_the_first_choice_ends(tuning):
         with tuning.first_choice(rows[3]):
             assert table.rows_for(kernel, "sm90")[0].key == rows[3].key
     assert [row.key for row in table.ROWS] == [row.key for row in before]
+
+
+def test_the_quickest_rows(tuning):
+    rows = tuning._triton_table.rows_for("projected_lora.linear_tma", "sm90")
+    first, second = map(tuning.as_line, rows)
+
+    def timed(K, row, ms):
+        return {"what": "product", "K": K, "by": "tma", "row": row, "ms": ms}
+
+    times = [timed(1, first, 1.0), timed(1, second, 1.5), timed(2, first, 400.0), timed(2, second, 100.0)]
+    assert tuning.quickest(times, rows) == rows[::-1] and tuning.quickest(times, rows, 1) == rows[1:]
+    assert tuning.quickest(times[:3], rows) == rows and tuning.quickest([], rows) == []
+
+
+def test_a_layer_takes_the_tma_form_only_while_it_is_told_to(tuning, monkeypatch):
+    import torch
+
+    row = tuning._triton_table.rows_for("projected_lora.linear_tma", "sm90")[0]
+    passes = tuning.triton_kernels._PASSES
+    monkeypatch.setattr(passes, "linear", lambda *arguments: "the backend's own")
+    monkeypatch.setattr(tuning.triton_tma, "linear", lambda *arguments: "the TMA form")
+    x, W, h, up = (torch.ones(8, 8).half() for _ in range(4))
+    with tuning.base_product(row) as taken:
+        assert passes.linear(x, W, None, h, up.T) == "the TMA form"
+        assert passes.linear(x.float(), W, None, h, up.T) == "the backend's own"
+        assert passes.linear(x, W, None, h, up.T, 3) == "the backend's own"
+    assert passes.linear(x, W, None, h, up.T) == "the backend's own" and len(taken) == 1
 
 
 def test_verdicts(tuning):
