@@ -94,7 +94,7 @@ class Way:
 
 
 CONTESTANTS = (
-    "ours", "ours, virtual", "folded addmm_", "folded eager", "folded compiled", "low-rank P per token",
+    "ours", "ours, frozen residual", "folded addmm_", "folded eager", "folded compiled", "low-rank P per token",
     "dense P per token", "plain LoRA", "PEFT LoRA", "frozen linear",
 )  # fmt: skip
 _compiled = torch.compile(baselines.folded, dynamic=True)
@@ -110,11 +110,11 @@ def ways(Q: Tensor, dtype: torch.dtype) -> dict[str, Way]:
     }
     return {
         "ours": Way(
-            lambda x, W, A, B, *_: projected_lora(x, W, A, B, Q, True, s), f32, "guarded", guarded, (Q,)
-        ),
-        "ours, virtual": Way(
             lambda x, W, A, B, A0, B0: projected_lora(x, W, A, B, Q, True, s, None, A0, B0),
             f32, "virtual", (*guarded, "frozen_pair"), (Q,),
+        ),
+        "ours, frozen residual": Way(
+            lambda x, W, A, B, *_: projected_lora(x, W, A, B, Q, True, s), f32, "guarded", guarded, (Q,)
         ),
         **{name: Way(layer, f32, "guarded", guarded, (Q,)) for name, layer in folded.items()},
         "low-rank P per token": Way(

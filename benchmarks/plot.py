@@ -18,7 +18,7 @@ from .timing import Row, read_json
 OURS = "#d62728"
 #: One colour a contestant in every figure; ours is the only red.
 COLOURS = {
-    "ours": OURS, "ours, virtual": "#ff9896", "ours, step mode": "#e377c2",
+    "ours": OURS, "ours, frozen residual": "#ff9896", "ours, step mode": "#e377c2",
     "frozen linear": "#7f7f7f", "plain LoRA": "#1f77b4", "PEFT LoRA": "#17becf", "folded eager": "#2ca02c",
     "folded addmm_": "#98df8a", "low-rank P per token": "#bcbd22", "dense P per token": "#8c564b",
     "naive GuardSpace": "#8c564b",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,25 @@ import torch
 from . import (
     bench_covariance,
     bench_fused_lora,
+    bench_host,
     bench_null_projection,
     bench_planning,
     bench_projected_lora,
     bench_training_step,
 )
 from . import targets as goals
-from .timing import CPU, Row, environment, label, measure, peaks, read_json, write_json
+from .timing import CPU, Row, cpu_line, environment, label, measure, peaks, read_json, write_json
 
 MODULES = {
     m.OP: m
     for m in (
-        bench_covariance,
+        bench_training_step,
+        bench_host,
         bench_projected_lora,
+        bench_covariance,
         bench_fused_lora,
         bench_null_projection,
         bench_planning,
-        bench_training_step,
     )
 }
 DTYPES = ("bfloat16", "float32")
@@ -42,6 +45,7 @@ YARDSTICKS = {
     "null_projection": ("addmm_", "dense P"),
     "planning": ("paper's route",),
     "training_step": ("PEFT LoRA", "naive GuardSpace"),
+    "host": ("PEFT LoRA", "frozen linear"),
 }
 #: Seconds of alternation per case and fewest rounds.
 EFFORT = {"tiny": (0.0, 2), "quick": (2.0, 5), "default": (2.0, 5), "full": (10.0, 7)}
@@ -61,42 +65,53 @@ def table(header: list[str], rows: list[list[str]], markdown: bool) -> str:
 def case_table(rows: list[Row], markdown: bool) -> str:
     """The contestants of one case."""
     op = rows[0]["op"]
-    seconds = {row["contestant"]: row.get("seconds") for row in rows}
-    extra = [
-        key
-        for key in ("saved", "saved_model", "peak_memory", "protected", "energy", "leak")
-        if any(key in row for row in rows)
-    ]
-    header = [label(rows[0]["shape"]), "ms", "quartiles", *(f"× {name}" for name in YARDSTICKS[op])]
-    header += ["of peak", "of copy", "error", *(key.replace("_", " ") for key in extra)]
+    numbers = {row["contestant"]: row for row in rows if row["refused"] is None}
+    yardsticks = [name for name in YARDSTICKS[op] if any(row["contestant"] == name for row in rows)]
+    facts = [key for key in _FACTS if any(key in row for row in rows)]
+    shares = ("of_peak", "of_bandwidth") if any(row.get("bytes") for row in rows) else ()
+    header = [label(rows[0]["shape"]), "ms", "quartiles", *(f"× {name}" for name in yardsticks)]
+    header += [*(_SHARES[key] for key in shares), "error", *(key.replace("_", " ") for key in facts)]
     if any(row["refused"] for row in rows):
         header.append("refused")
     lines = []
     for row in rows:
         error = "–" if row["error"] is None else f"{row['error']:.0e}"
         if row["refused"] is not None:
-            blank = ["–"] * (4 + len(YARDSTICKS[op]))
-            lines.append([row["contestant"], *blank, error, *["–"] * len(extra), row["refused"]])
+            blank = ["–"] * (2 + len(yardsticks) + len(shares))
+            lines.append([row["contestant"], *blank, error, *["–"] * len(facts), row["refused"]])
             continue
         low, high = (1e3 * q for q in row["quartiles"])
         line = [row["contestant"], f"{1e3 * row['seconds']:.3g}", f"{low:.3g}–{high:.3g}"]
-        for name in YARDSTICKS[op]:
-            line.append("–" if not seconds.get(name) else f"{seconds[name] / row['seconds']:.2f}")
-        line += [f"{row['of_peak']:.0%}", f"{row['of_bandwidth']:.0%}", error]
-        line += [_fact(key, row.get(key)) for key in extra]
+        for name in yardsticks:
+            line.append(f"{numbers[name]['seconds'] / row['seconds']:.2f}" if name in numbers else "–")
+        line += [*(f"{row[key]:.0%}" for key in shares), error]
+        line += [_fact(key, row, numbers.get(yardsticks[0], {})) for key in facts]
         lines.append([*line, *[""] * (len(header) - len(line))])
     return table(header, lines, markdown)
 
 
-def _fact(key: str, value: float | None) -> str:
-    if value is None:
+_SHARES = {"of_peak": "of peak", "of_bandwidth": "of copy"}
+_FACTS: dict[str, Callable[[float], str]] = {
+    "fastest": lambda value: f"{1e3 * value:.3g} ms",
+    "tokens/s": lambda value: f"{value:.0f}",
+    **dict.fromkeys(("saved", "saved_model", "peak_memory"), lambda value: _bytes(value)),
+    "protected": lambda value: f"{value:.0%}",
+    "energy": lambda value: f"{value:.4f}",
+    "leak": lambda value: f"{value:.0e}",
+    "instructions": lambda value: f"{value / 1e3:.0f} k",
+    **dict.fromkeys(("aten", "launches", "kernels", "python"), lambda value: f"{value:.0f}"),
+}
+_OF_YARDSTICK = ("instructions", "aten", "launches", "python")
+
+
+def _fact(key: str, row: Row, yardstick: Row) -> str:
+    if key not in row:
         return "–"
-    if key == "protected":
-        return f"{value:.0%}"
-    if key == "leak":
-        return f"{value:.0e}"
-    if key == "energy":
-        return f"{value:.4f}"
+    share = key in _OF_YARDSTICK and yardstick.get(key)
+    return _FACTS[key](row[key]) + (f" ({row[key] / share:.2f})" if share else "")
+
+
+def _bytes(value: float) -> str:
     return f"{value / 2**20:.1f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"
 
 
@@ -127,8 +142,8 @@ def run(
     out: Path | None,
     markdown: bool,
     device: torch.device = CPU,
-) -> list[Row]:
-    """Measures and prints; ``out`` is rewritten after every case, so that an interrupted run leaves its results."""
+) -> dict[str, Any]:
+    """Measures, prints, and returns what it writes into ``out`` after every case: an interrupted run leaves that."""
     result: dict[str, Any] = {"environment": environment(threads, device), "size": size}
     load = result["environment"]["load"]
     if load is not None and load > 0.5:
@@ -138,24 +153,26 @@ def run(
     rows: list[Row] = []
     result["rows"] = rows
     env, found = result["environment"], result["peaks"]
-    where = env.get("gpu", f"{env['cpu']}, {threads} of {env['cores']} threads")
-    print(f"{where}, torch {torch.__version__}, {'; '.join(env['backends'])}")
+    print(f"{env.get('gpu', cpu_line(env))}, torch {torch.__version__}, {'; '.join(env['backends'])}")
     rates = ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in found["flops"].items())
     print(f"peak: {rates} ({found['flops_source']}); copy {found['copy'] / 1e9:.1f} GB/s")
     budget, least = EFFORT[size]
     for op in ops:
+        torch.set_num_threads(getattr(MODULES[op], "THREADS", threads))
         print(f"\n{'## ' if markdown else ''}{op}", flush=True)
         for params in MODULES[op].cases(size, dtypes):
             with device:
                 case = MODULES[op].build(**params)
             rounds = min(least, getattr(MODULES[op], "ROUNDS", least))
+            if size != "tiny":
+                rounds = max(rounds, getattr(MODULES[op], "LEAST_ROUNDS", 0))
             measured = measure(case, found, device, budget=budget, least=rounds, most=2 if size == "tiny" else 50)
             del case
             rows += measured
             print("\n" + case_table(measured, markdown), flush=True)
             if out is not None:
                 write_json(out, result)
-    return rows
+    return result
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -182,14 +199,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--op {' '.join(elsewhere)}: measured on the CPU only; on a GPU {', '.join(ON_GPU)}")
     before = read_json([args.compare])["rows"] if args.compare else None
     if args.targets:
-        rows = read_json(args.targets)["rows"]
+        result = read_json(args.targets)
     else:
-        rows = run(
-            args.size or "default", ops, tuple(args.dtype), args.threads, args.out, args.markdown, device
-        )  # fmt: skip
+        result = run(args.size or "default", ops, tuple(args.dtype), args.threads, args.out, args.markdown, device)
+    rows = result["rows"]
     print("\n" + targets_table(rows, args.markdown))
     if before is not None:
         print("\n" + comparison(rows, before, args.markdown))
+    if told := goals.verdict(rows, result.get("environment", {})):
+        print("\n" + told)
     return 1 if any(row["refused"] for row in rows if row["contestant"].startswith("ours")) else 0
 
 

@@ -195,11 +195,13 @@ def measure(case: Case, peaks: dict[str, Any], device: torch.device = CPU, **tim
             seconds = times[name]
             low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
             peak = peaks["flops"][case.shape["dtype"]]
-            row |= {"seconds": median, "quartiles": [low, high], "rounds": len(seconds)}
+            row |= {"seconds": median, "fastest": min(seconds), "quartiles": [low, high], "rounds": len(seconds)}
             row |= {"flops": contestant.flops, "bytes": case.bytes, "rho": case.rho}
             row |= {"of_peak": contestant.flops / median / peak, "of_bandwidth": case.bytes / median / peaks["copy"]}
             with device:
                 row |= contestant.facts()
+            if "tokens" in row:
+                row["tokens/s"] = row["tokens"] / median
         rows.append(row)
     return rows
 
@@ -268,6 +270,13 @@ def environment(threads: int, device: torch.device = CPU) -> dict[str, Any]:
         "isa": None if _cpu.extension is None else _cpu.extension.isa(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
+
+
+def cpu_line(environment: dict[str, Any]) -> str:
+    """The processor by what decides the speed here: the instruction sets that torch uses of it."""
+    level, bf16 = environment["torch_level"], "avx512_bf16" in environment["flags"]
+    kind = {"AVX512": "AVX-512 with bf16" if bf16 else "AVX-512"}.get(level, level)
+    return f"{environment['cpu']}, {kind}, {environment['threads']} of {environment['cores']} threads"
 
 
 def _cpu_model() -> str:
