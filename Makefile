@@ -3,6 +3,9 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 CPU_INDEX := https://download.pytorch.org/whl/cpu
+EXTRAS := test,demo,lint
+# The demo alone needs neither Triton nor TRL nor linters, more than half of all that is installed.
+DEMO_READY := $(VENV)/installed$(if $(wildcard $(VENV)/installed),,-for-demo)
 CXX_SOURCES := $(wildcard $(foreach ext,cpp h cu cuh,csrc/*.$(ext) csrc/*/*.$(ext)))
 
 .PHONY: help install demo test sanitize bench bench-gpu gpu-static lint format clean
@@ -21,21 +24,21 @@ help:
 
 # PyPI's torch for Linux is a CUDA build of several GB. Without an NVIDIA driver, look for the CPU build on PyTorch's
 # own index too, provided that it answers; there a local version (2.x.y+cpu) wins over PyPI's 2.x.y.
-$(VENV)/installed: pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
+$(VENV)/installed $(VENV)/installed-for-demo: pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 	@$(PYTHON) -m venv $(VENV)
 	@index="$(TORCH_INDEX)"; \
 	if [ -z "$$index" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && \
 	    $(BIN)/python -c "from urllib.request import urlopen; urlopen('$(CPU_INDEX)/torch/', timeout=5)" 2>/dev/null; \
 	then index="$(CPU_INDEX)"; fi; \
 	echo "Installing into $(VENV), once; this takes a minute or two"; \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check $${index:+--extra-index-url "$$index"} \
-	    -c constraints.txt -e ".[test,demo,lint]"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile $${index:+--extra-index-url "$$index"} \
+	    -c constraints.txt -e ".[$(if $(filter %-for-demo,$@),demo,$(EXTRAS))]"
 	@$(BIN)/guardspace env | grep -E '^(cpu extension|cuda kernels)  '
 	@touch $@
 
 install: $(VENV)/installed
 
-demo: $(VENV)/installed
+demo: $(DEMO_READY)
 	$(BIN)/python -m guardspace_kernels demo $(if $(QUICK),--quick) $(ARGS)
 
 # The tests are thousands of small products, so processes of one thread each beat one process with many threads.
