@@ -27,7 +27,7 @@ from guardspace_kernels.guard.estimate import Estimate, estimate_preparation
 from guardspace_kernels.guard.layers import find_layers, linear_weight
 
 from . import baselines
-from .bench_training_step import _model
+from .bench_planning import SHAPES, build_model
 from .run import table
 from .timing import Row, environment, write_json
 
@@ -35,34 +35,12 @@ OP = "preparation"
 RANK, PROMPTS, BATCH = 16, 120, 8
 #: Up to this width the paper's way solves every layer; of a wider model it solves one layer of each shape.
 SOLVE_ALL = 2048
-#: hidden, intermediate, blocks, heads, key-value heads; random weights and a small vocabulary.
-SHAPES = {
-    "tiny": (24, 40, 2, 4, 2),
-    "Qwen2.5-0.5B": (896, 4864, 24, 14, 2),
-    "Llama-3.2-1B": (2048, 8192, 16, 32, 8),
-    "Llama-2-7B": (4096, 11008, 32, 32, 32),
-}
 MODELS = ("SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.2-1B")
 CONTESTANTS = ("ours", "ours, a quarter of the memory", "paper's way")
 HEADER = [
     "model", "", "bare forward s", "collect s", "save s", "plan s", "memory above the model", "on disk",
     "estimate / measured",
 ]  # fmt: skip
-
-
-def build(name: str, blocks: int | None) -> nn.Module:
-    if name not in SHAPES:
-        return _model(name, torch.float32)
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, intermediate, depth, heads, kv = SHAPES[name]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=blocks or depth, vocab_size=1024,
-        num_attention_heads=heads, num_key_value_heads=kv, attention_bias=name.startswith("Qwen"),
-        bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
 def prompts(vocabulary: int, count: int = PROMPTS) -> list[Tensor]:
@@ -100,7 +78,7 @@ def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
 
 def run_contestant(name: str, contestant: str, blocks: int | None) -> dict[str, Any]:
     """In this process: the numbers of one contestant."""
-    model = build(name, blocks)
+    model = build_model(name, blocks)
     rows = prompts(model.config.vocab_size, 6 if name == "tiny" else PROMPTS)
     batches = padded(rows)
 
@@ -218,7 +196,7 @@ def row(name: str, contestant: str, blocks: int | None, measured: dict[str, Any]
 
 
 def _estimate(name: str, blocks: int | None) -> Estimate:
-    model = build(name, blocks) if name not in SHAPES else _on_meta(name, blocks)
+    model = build_model(name, blocks) if name not in SHAPES else _on_meta(name, blocks)
     tokens = sum(map(len, prompts(1000)))
     return estimate_preparation(
         model, prompts=PROMPTS, tokens_per_prompt=round(tokens / PROMPTS), rank=RANK,
@@ -228,7 +206,7 @@ def _estimate(name: str, blocks: int | None) -> Estimate:
 
 def _on_meta(name: str, blocks: int | None) -> nn.Module:
     with torch.device("meta"):
-        return build(name, blocks)
+        return build_model(name, blocks)
 
 
 def _size(size: float) -> str:

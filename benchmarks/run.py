@@ -95,7 +95,7 @@ _FACTS: dict[str, Callable[[float], str]] = {
     "fastest": lambda value: f"{1e3 * value:.3g} ms",
     "tokens/s": lambda value: f"{value:.0f}",
     **dict.fromkeys(("saved", "saved_model", "peak_memory"), lambda value: _bytes(value)),
-    "protected": lambda value: f"{value:.0%}",
+    **dict.fromkeys(("protected", "share"), lambda value: f"{value:.0%}"),
     "energy": lambda value: f"{value:.4f}",
     "leak": lambda value: f"{value:.0e}",
     "instructions": lambda value: f"{value / 1e3:.0f} k",

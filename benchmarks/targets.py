@@ -184,7 +184,11 @@ def targets() -> list[Target]:
         Target("trailing subspace of a layer", "SVD, inverse and damping loop", "planning",
                lambda shape: "d_in" in shape, _speedup("paper's route"), 6.0),
         Target("plan of SmolLM2", "the paper's route", "planning",
-               lambda shape: "model" in shape, _speedup("paper's route"), 3.5),
+               lambda shape: shape.get("model") == "SmolLM2-135M", _speedup("paper's route"), 4.0),
+        Target("plan of one block of 1024/2816", "the paper's route", "planning",
+               lambda shape: shape.get("model") == "one block of 1024/2816", _speedup("paper's route"), 2.5),
+        Target("plan of Qwen2.5-0.5B's and Llama-3.2-1B's shapes", "the paper's route", "planning",
+               lambda shape: shape.get("model") in ("Qwen2.5-0.5B", "Llama-3.2-1B"), _speedup("paper's route"), 2.5),
         *(Target(f"SmolLM2 step, {text}, {d}", "plain PEFT LoRA", _STEP, _step(d, text), _of_peft("seconds"), 0.92,
                  False) for d in both for text in ("demo", "packed")),
         *(Target(f"step mode, {op}", "forward mode", op, lambda _: True, _step_mode, 1.0, False)

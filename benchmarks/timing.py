@@ -43,7 +43,8 @@ class Contestant:
 
     ``run`` is what is timed. ``outputs`` computes once from a fresh start; it is compared with ``truth`` in float64 and
     may be at most twice as wrong as the contestant named ``plain``, plus the floor. ``flops`` are its own, by formula.
-    ``facts`` adds columns (leak, saved bytes, peak memory); it is called after the timing.
+    ``facts`` adds columns (leak, saved bytes, peak memory); it is called after the timing. ``share`` is the part of the
+    case that ``run`` does: seconds are extrapolated from it, and their row says so.
     """
 
     run: Run
@@ -52,6 +53,7 @@ class Contestant:
     plain: str
     flops: int
     facts: Callable[[], dict[str, float]] = dict
+    share: float = 1.0
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Case:
     accuracy: torch.dtype
     bytes: int
     rho: float | None = None
+    rounds: int | None = None  # of a case that takes minutes
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def error(self, name: str) -> dict[str, float]:
@@ -148,6 +151,9 @@ def clock_of(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else wall_clock
 
 
+_LONG = 1.0  # seconds of a call that is certainly not repeated within a turn
+
+
 def time_by_turns(
     runs: dict[str, Run],
     *,
@@ -161,8 +167,8 @@ def time_by_turns(
     ``most`` while ``budget`` seconds last. Calls shorter than ``block`` seconds are repeated within a turn."""
     inner = {}
     for name, run in runs.items():
-        run()
-        inner[name] = max(1, int(block / max(clock(run, 1), 1e-7)))
+        first = clock(run, 1)  # warms up
+        inner[name] = 1 if first > _LONG else max(1, int(block / max(clock(run, 1), 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in runs}
     order, deadline = list(runs), time.perf_counter() + budget
     enabled = gc.isenabled()
@@ -186,14 +192,18 @@ def measure(case: Case, peaks: dict[str, Any], device: torch.device = CPU, **tim
     with device:
         refusals = {name: case.refusal(name) for name in case.contestants}
     runs = {n: c.run for n, c in case.contestants.items() if refusals[n] is None}
+    if case.rounds is not None:
+        timing["least"] = min(timing.get("least", case.rounds), case.rounds)
     times = time_by_turns(runs, clock=clock_of(device), **timing)  # a device as context costs microseconds a call
     rows = []
     for name, contestant in case.contestants.items():
         row: Row = {"op": case.op, "shape": case.shape, "contestant": name, "refused": refusals[name]}
         row["error"] = max(case.errors[name].values()) if name in case.errors else None
         if name in times:
-            seconds = times[name]
-            low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+            seconds = [one / contestant.share for one in times[name]]
+            row |= {} if contestant.share == 1 else {"share": contestant.share}
+            several = len(seconds) > 1
+            low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if several else 3 * seconds
             peak = peaks["flops"][case.shape["dtype"]]
             row |= {"seconds": median, "fastest": min(seconds), "quartiles": [low, high], "rounds": len(seconds)}
             row |= {"flops": contestant.flops, "bytes": case.bytes, "rho": case.rho}

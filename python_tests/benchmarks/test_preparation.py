@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_preparation, run, targets, timing
+from benchmarks import bench_planning, bench_preparation, run, targets, timing
 
 WIDTHS = [*[24] * 6, 40] * 2  # the inputs of the tiny model's layers
 
@@ -50,7 +50,7 @@ def test_prompts_are_padded_on_the_left_and_begin_alike():
 )
 def test_random_models_have_the_shapes_of_the_real_ones(name, parameters):
     with torch.device("meta"):
-        model = bench_preparation.build(name, 1)
+        model = bench_planning.build_model(name, 1)
     linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
     assert sum(m.weight.numel() for m in linear) == parameters
     assert (linear[0].bias is not None) == name.startswith("Qwen")

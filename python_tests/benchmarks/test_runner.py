@@ -276,3 +276,21 @@ def test_peak_memory_is_that_of_another_process(tmp_path):
     bench_training_step._plan("tiny", shape["r"]).save(tmp_path / "plan.safetensors")
     ballast = torch.ones(2**28)  # 1 GiB here must not show there
     assert 50e6 < bench_training_step.peak_memory("ours", shape, tmp_path / "plan.safetensors") < ballast.nbytes
+
+
+def test_a_part_of_a_case_is_extrapolated_and_says_so(monkeypatch):
+    """And a case that takes minutes is timed once."""
+    ones = {"y": torch.ones(3, dtype=torch.float64)}
+    monkeypatch.setattr(timing, "clock_of", lambda device: lambda run, calls: 3.0)
+
+    def contestant(name, share):
+        return timing.Contestant(lambda: None, lambda: ones, lambda: ones, name, 0, share=share)
+
+    shape = {"model": "some", "dtype": "float32"}
+    contestants = {name: contestant(name, share) for name, share in (("ours", 1.0), ("paper's route", 0.25))}
+    case = timing.Case("planning", shape, contestants, torch.float32, 0, rounds=1)
+    found = {"flops": {"float32": 1.0}, "copy": 1.0}
+    whole, part = timing.measure(case, found, budget=0.0, least=5)
+    assert "share" not in whole and part["share"] == 0.25
+    assert whole["seconds"] == 3.0 and part["seconds"] == 12.0 and part["rounds"] == 1
+    assert "25%" in run.case_table([whole, part], False)
