@@ -103,6 +103,25 @@ bool null_project_tensors(const py::object& g, const py::object& basis, const py
     return true;
 }
 
+// Addresses, devices, dtypes, sizes and strides of the tensors of lists, for comparison; None if one cannot be read.
+py::object describe(const py::tuple& lists) {
+    std::vector<int64_t> words;
+    for (py::handle list : lists) {
+        py::tuple tensors;
+        if (!tensors_of(list, reader(), tensors)) return py::none();
+        words.push_back(static_cast<int64_t>(tensors.size()));
+        for (py::handle tensor : tensors) {
+            DLTensor t;
+            if (!reader().read(tensor, t)) return py::none();
+            words.insert(words.end(),
+                         {reinterpret_cast<int64_t>(t.data), t.device_type, t.device_id, t.code, t.bits, t.dims});
+            words.insert(words.end(), t.sizes, t.sizes + t.dims);
+            words.insert(words.end(), t.strides, t.strides + t.dims);
+        }
+    }
+    return py::bytes(reinterpret_cast<const char*>(words.data()), sizeof(int64_t) * words.size());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -110,6 +129,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("covariance_update", covariance_update);
     m.def("null_project", null_project);
     m.def("null_project_tensors", null_project_tensors);
+    m.def("describe", describe);
     m.def("read_tensors", [](const py::capsule& exchange, py::tuple types, py::object is_negated) {
         reader() = Reader(exchange, std::move(types), std::move(is_negated));
     });

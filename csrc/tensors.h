@@ -52,28 +52,28 @@ class Reader {
         return false;
     }
 
-    // A dense tensor on the CPU; false for anything else. Valid while the object lives and is not changed.
+    // A dense tensor on any device; false for anything else. Valid while the object lives and is not changed.
     bool read(py::handle object, DLTensor& tensor) const {
         if (!is_plain(object)) return false;
         if (read_(object.ptr(), &tensor) != 0) {
             PyErr_Clear();
             return false;
         }
-        if (tensor.device_type != kDLCpu || tensor.lanes != 1) return false;
+        if (tensor.lanes != 1) return false;
         tensor.data = static_cast<char*>(tensor.data) + tensor.offset;
         return py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_negated_.ptr(), object.ptr())).ptr() ==
                Py_False;
     }
 
-    // (..., d) of floating-point numbers as (rows, d); false if it is not, or no such view of it exists.
+    // (..., d) of floating-point numbers on the CPU as (rows, d); false if it is not, or no such view of it exists.
     bool read_rows(py::handle object, Matrix& matrix) const {
         DLTensor t;
-        return read(object, t) && t.dims >= 1 && as_rows(t, matrix);
+        return read(object, t) && t.device_type == kDLCpu && t.dims >= 1 && as_rows(t, matrix);
     }
 
     bool read_matrix(py::handle object, Matrix& matrix) const {
         DLTensor t;
-        return read(object, t) && t.dims == 2 && as_rows(t, matrix);
+        return read(object, t) && t.device_type == kDLCpu && t.dims == 2 && as_rows(t, matrix);
     }
 
   private:

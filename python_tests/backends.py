@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import torch
 
 import guardspace_kernels as gk
 from guardspace_kernels import dispatch
-from guardspace_kernels.ops import _cuda, _triton, covariance_update_
+from guardspace_kernels.ops import _cuda, _prepared, _triton, covariance_update_
 from guardspace_kernels.ops._cpu import extension
 
 #: All that this CPU has; only the one that GUARDSPACE_ISA names, where it is set.
@@ -46,15 +48,17 @@ def backend(request) -> Iterator[str]:
         yield request.param
 
 
-def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_triton(monkeypatch: pytest.MonkeyPatch, watched: bool = True) -> None:
     """The Triton kernels for what they accept, under Triton's interpreter on CPU tensors; else the reference.
 
-    A sanitizer watches them: python_tests/triton_sanitizer.py.
+    A sanitizer watches them: python_tests/triton_sanitizer.py. It must know the tensors, not only their addresses.
     """
     triton_interpreter = pytest.importorskip("triton_interpreter", reason="Triton is not installed")
     triton_interpreter.mend()
-    importlib.import_module("triton_sanitizer").watch(monkeypatch)
+    if watched:
+        importlib.import_module("triton_sanitizer").watch(monkeypatch)
     monkeypatch.setattr(dispatch, "BACKENDS", ("triton", "reference"))
+    monkeypatch.setattr(_prepared, "_PLANS", OrderedDict())
     monkeypatch.setattr(_triton, "devices", {"cpu"})
 
 
@@ -72,6 +76,7 @@ def use_cuda(monkeypatch: pytest.MonkeyPatch, schedule: int) -> ctypes.CDLL:
         functions = {entry: getattr(module, entry) for entry in entries}
         monkeypatch.setitem(dispatch._registry, (op, "cuda"), dispatch.Implementation(functions, module.accepts))
     monkeypatch.setattr(dispatch, "BACKENDS", ("cuda", "reference"))
+    monkeypatch.setattr(_prepared, "_PLANS", OrderedDict())
     return loaded
 
 
@@ -129,6 +134,22 @@ def isa(request) -> Iterator[str]:
     with use_isa(request.param), gk.use_backend("cpu"):
         poison_scratch()
         yield request.param
+
+
+def calls(run: Callable[[], Any]) -> int:
+    """How many functions, Python's and C's, Python calls for ``run``."""
+    count = 0
+
+    def seen(_frame: Any, event: str, _function: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(seen)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 def poison_scratch(megabytes: float = 4) -> None:

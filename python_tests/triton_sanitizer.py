@@ -121,7 +121,7 @@ def watch(monkeypatch) -> None:
     def watched_group(function, members, *rest):
         items.extend(tensor for _, _, item in members for tensor in _tensors(item))
         try:
-            launch_group(function, members, *rest)
+            return launch_group(function, members, *rest)
         finally:
             items.clear()
 

@@ -19,7 +19,10 @@ except ImportError as error:
     extension = None
     _REASON = f"the C++ extension is not built or does not load ({error}); `guardspace env` says why"
 
-if extension is not None and (exchange := getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)) is not None:
+#: Whether PyTorch has the C functions by which the extension reads tensors, from 2.10 on.
+READS_TENSORS = extension is not None and hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+if READS_TENSORS:
+    exchange = torch.Tensor.__dlpack_c_exchange_api__
     extension.read_tensors(exchange, (torch.Tensor, torch.nn.Parameter), torch.Tensor.is_neg)
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}

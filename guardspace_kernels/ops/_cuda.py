@@ -129,10 +129,15 @@ def call(name: str, device: torch.device, *arguments: Any) -> None:
 
 def workspace(name: str, device: torch.device, *arguments: Any) -> torch.Tensor:
     """As many numbers of float32 as the function says that a call needs bytes."""
+    return torch.empty(workspace_size(name, *arguments), dtype=torch.float32, device=device)
+
+
+def workspace_size(name: str, *arguments: Any) -> int:
+    """The same, how many they are."""
     needed = _function(name)(*arguments)
     if needed < 0:
         raise RuntimeError(f"guardspace_cuda_{name}: {error_text(needed)}")
-    return torch.empty(needed // 4, dtype=torch.float32, device=device)
+    return needed // 4
 
 
 def packed(items: Iterable[tuple[torch.Tensor | int | None, ...]]) -> bytes:

@@ -29,20 +29,50 @@ _SPARE: list[torch.Tensor] = []
 _SPARES, _WIDEST = 32, max(len(kernel.arguments) for kernel in KERNELS.values())
 
 
-def launch(function: Any, row: Row, grid: int | tuple[int, ...], arguments: dict[str, Any], **variant: Any) -> None:
-    """Runs a kernel with the row's constants and the call's ``variant``; both must be what the table says."""
+def launch(function: Any, row: Row, grid: int | tuple[int, ...], arguments: dict[str, Any], **variant: Any) -> Any:
+    """Runs a kernel with the row's constants and the call's ``variant``; both must be what the table says.
+
+    Returns Triton's compiled kernel; None by the interpreter, and where there is no program to run.
+    """
     kernel = KERNELS[row.kernel]
     if list(arguments) != list(kernel.arguments) or variant not in kernel.variants:
         raise AssertionError(f"{row.kernel}: called with {list(arguments)} and {variant}, unlike the table")
     grid = (grid,) if isinstance(grid, int) else grid
-    if all(grid):
-        with _current(_device(arguments)):  # Triton asks for the current one
-            function[grid](**arguments, **variant, **row.constants, num_warps=row.warps, num_stages=row.stages)
+    if not all(grid):
+        return None
+    with _current(_device(arguments)):  # Triton asks for the current one
+        return function[grid](**arguments, **variant, **row.constants, num_warps=row.warps, num_stages=row.stages)
+
+
+class Again:
+    """A launch that was made, once more: the compiled kernel and its arguments as numbers: Triton binds nothing.
+
+    It holds no tensor of the call but the table. Addresses and numbers that changed since must be of the same kind for
+    Triton: multiples of 16 as before, as all are that PyTorch allocates.
+    """
+
+    def __init__(
+        self, kernel: Any, names: Sequence[str], programs: int, arguments: dict[str, Any], table: torch.Tensor | None
+    ) -> None:
+        self._kernel, self._grid, self._table = kernel, (programs, 1, 1), table
+        self._at = {name: i for i, name in enumerate(names)}
+        self._values = [_address(arguments[name]) for name in names]
+
+    def __call__(self, **changed: Any) -> None:
+        values = self._values.copy()
+        for name, value in changed.items():
+            values[self._at[name]] = _address(value)
+        if self._grid[0]:
+            self._kernel[self._grid](*values)
+
+
+def _address(value: Any) -> Any:
+    return value.data_ptr() if isinstance(value, torch.Tensor) else value
 
 
 def launch_items(
     function: Any, items: Sequence[tuple[Row, int, dict[str, Any]]], shared: dict[str, Any] | None = None
-) -> None:
+) -> list[Again] | None:
     """Runs a kernel on many items of one device, in one launch for each row, dtypes and alignment among them.
 
     Args:
@@ -50,6 +80,9 @@ def launch_items(
             finds its own in TABLE, whose columns are those arguments and where the item's programs begin; of a single
             one it gets them as they are, so that Triton sees their alignment and nothing is sent to the device.
         shared: arguments after TABLE and n that are those of all items.
+
+    Returns:
+        The launches, to be made again on this stream with the same items; None if one of them cannot.
     """
     groups: dict[Any, list[tuple[Row, int, dict[str, Any]]]] = {}
     for row, programs, item in items:
@@ -57,15 +90,25 @@ def launch_items(
         hints = [_number(item[name]) for name in KERNELS[row.kernel].aligned if name in item]
         group = (row.key, dtypes, not any(number % 16 for number in hints))
         groups.setdefault(group, []).append((row, programs, item))
+    made: list[Again | None] = []
     for (*_, well), members in groups.items():
         for start in range(0, len(members), GROUP):
-            _launch_group(function, members[start : start + GROUP], shared or {}, well)
+            made += _launch_group(function, members[start : start + GROUP], shared or {}, well)
+    again = [one for one in made if one is not None]
+    return again if len(again) == len(made) else None
 
 
 def _launch_group(
     function: Any, items: list[tuple[Row, int, dict[str, Any]]], shared: dict[str, Any], well: bool
-) -> None:
-    row, programs, first = items[0]
+) -> list[Again | None]:
+    def run(row: Row, programs: int, item: dict[str, Any], **variant: bool) -> Again | None:
+        arguments = {**item, **shared}
+        kernel = launch(function, row, programs, arguments, **variant)
+        if kernel is None and programs:
+            return None
+        return Again(kernel, function.arg_names, programs, {**arguments, **variant, **row.constants}, sent)
+
+    row, _, first = items[0]
     sent = None
     if len(items) > 1:
         begins = accumulate((programs for _, programs, _ in items), initial=0)
@@ -75,11 +118,12 @@ def _launch_group(
         total = sum(programs for _, programs, _ in items)
         # Triton compiles anew for sizes of another kind, of the first item too, although they are not read.
         unread = {name: value if isinstance(value, torch.Tensor) else 0 for name, value in first.items()}
-        launch(function, row, total, {**unread, "TABLE": sent, "n": len(items), **shared}, GROUPED=True, ALIGNED=well)
-        return
-    for row, programs, item in items:
-        no_table = torch.empty(0, dtype=torch.int64, device=_device(item))
-        launch(function, row, programs, {**item, "TABLE": no_table, "n": 0, **shared}, GROUPED=False, ALIGNED=False)
+        return [run(row, total, {**unread, "TABLE": sent, "n": len(items)}, GROUPED=True, ALIGNED=well)]
+    no_table = torch.empty(0, dtype=torch.int64, device=_device(first))
+    return [
+        run(row, programs, {**item, "TABLE": no_table, "n": 0}, GROUPED=False, ALIGNED=False)
+        for row, programs, item in items
+    ]
 
 
 def _number(value: Any) -> int:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from backends import Guarded, on_all_threads, poison_scratch, same_bits, use_threads
+from backends import Guarded, calls, on_all_threads, poison_scratch, same_bits, use_threads
 from oracle import DTYPES, FLOOR, dense_projector, orthonormal
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -159,22 +158,6 @@ def test_one_matrix_twice_in_a_list_is_projected_twice(isa):
     other = torch.randn(3, 60)
     null_project_([g, other, g], [one, one, two], [True, True, False])
     assert same_bits(g, expected) and (other @ one).abs().max() < 1e-5
-
-
-def calls(run):
-    """How many functions, Python's and C's, a call makes by Python's account."""
-    count = 0
-
-    def seen(_frame, event, _function):
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(seen)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 class Watched(TorchDispatchMode):

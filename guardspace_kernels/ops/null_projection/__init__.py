@@ -23,7 +23,7 @@ from guardspace_kernels.ops._library import (
     require_same_device,
     shape,
 )
-from guardspace_kernels.ops.null_projection import cpu_kernels, cuda_kernels, reference  # noqa: F401  # the import registers them
+from guardspace_kernels.ops.null_projection import cpu_kernels, cuda_kernels, gpu, reference  # noqa: F401  # the import registers them
 from guardspace_kernels.ops.null_projection.reference import Update
 
 __all__ = ["null_project_", "projected_adamw_"]
@@ -89,15 +89,19 @@ def _updates(
             raise ValueError(f"projected_adamw_: {name} must be as many as params, {len(params)}, got {len(values)}")
     if len({id(param) for param in params}) < len(params):
         raise ValueError("projected_adamw_: a matrix occurs twice among params; give each one once")
-    if not (0 <= settings[1] < 1 and 0 <= settings[2] < 1):
-        raise ValueError(f"projected_adamw_: beta1 and beta2 must be in [0, 1), got {settings[1]} and {settings[2]}")
-    for name, value in (("lr", settings[0]), ("eps", settings[3]), ("weight_decay", settings[4])):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"projected_adamw_: {name} must be 0 or more, and finite, got {value}")
+    _check_settings(*settings)
     updates = [Update(*item, settings) for item in zip(params, *lists.values(), strict=True)]  # type: ignore[call-arg]
     for i, update in enumerate(updates):
         _check_update(f"projected_adamw_[{i}]", update)
     return updates
+
+
+def _check_settings(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"projected_adamw_: beta1 and beta2 must be in [0, 1), got {beta1} and {beta2}")
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"projected_adamw_: {name} must be 0 or more, and finite, got {value}")
 
 
 def _check_update(op: str, u: Update) -> None:
@@ -179,8 +183,12 @@ def null_project_(
 
     Source: the null-space projector of GuardSpace (arXiv 2510.14301), applied as in gradient projection methods.
     """
-    if plain_eager() and dispatch.direct("null_projection", "null_project_direct", g, basis, complement):
-        return
+    if plain_eager():
+        if dispatch.direct("null_projection", "null_project_direct", g, basis, complement):
+            return
+        lists = ([g], [basis]) if isinstance(g, torch.Tensor) else (g, basis)
+        if gpu.done_again("null_project_", lists, complement, (0,)):
+            return
     if isinstance(g, torch.Tensor):
         if not isinstance(basis, torch.Tensor) or not isinstance(complement, bool):
             raise TypeError(
@@ -240,15 +248,20 @@ def projected_adamw_(
         TypeError, ValueError: a dtype, shape, device, list length or beta that does not fit; a matrix twice.
         RuntimeError: in grad mode, if a param requires grad.
     """
+    settings = (lr, beta1, beta2, eps, weight_decay)
     lists = {
         "params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps,
         "bases": bases,
     }  # fmt: skip
+    if plain_eager() and set(map(type, settings)) <= {float, int}:
+        _check_settings(*settings)
+        if gpu.done_again("projected_adamw_", tuple(lists.values()), complements, (0, 2, 3), *settings):
+            return
     for name, values in lists.items():
         if isinstance(values, (str, torch.Tensor)) or not isinstance(values, Iterable):
             raise TypeError(f"projected_adamw_: {name} must be a list of tensors, got {shown(values)}")
     params = list(params)
     _adamw_op(
         params, list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps), list(bases),
-        _each("projected_adamw_", "complements", complements, len(params)), lr, beta1, beta2, eps, weight_decay,
+        _each("projected_adamw_", "complements", complements, len(params)), *settings,
     )  # fmt: skip

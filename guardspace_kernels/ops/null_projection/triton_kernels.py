@@ -8,7 +8,7 @@ splits d into slices, which are summed in one order: the same call gives the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,11 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from guardspace_kernels.ops._library import unit_inner
 from guardspace_kernels.ops._triton_launch import blocks, choose, launch_items, locate
 from guardspace_kernels.ops._triton_table import Row
 from guardspace_kernels.ops.null_projection import gpu
-from guardspace_kernels.ops.null_projection.gpu import Item
+from guardspace_kernels.ops.null_projection.gpu import Item, as_read
 from guardspace_kernels.ops.null_projection.reference import Update
 
 _PROGRAMS = 256  # about two for each multiprocessor of a large chip
@@ -161,8 +160,10 @@ def _programs(row: Row, r: int, block: str, size: int) -> int:
     return blocks(r, row.constants["BLOCK_R"]) * blocks(size, row.constants[block])
 
 
-def _onto_bases(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, list[int]]:
-    """``H = G basis`` of all pairs, one after the other, and where each begins."""
+def _onto_bases(
+    pairs: list[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, list[int], Callable[[], torch.Tensor] | None]:
+    """``H = G basis`` of all pairs, one after the other; where each begins; what forms H again, if that can be."""
     chosen = _rows("null_projection.onto_basis", [g for g, _ in pairs])
     programs = [_programs(row, g.shape[0], "BLOCK_K", b.shape[1]) for row, (g, b) in zip(chosen, pairs, strict=True)]
     blocks_d = max(blocks(g.shape[1], row.constants["BLOCK_D"]) for row, (g, _) in zip(chosen, pairs, strict=True))
@@ -177,56 +178,98 @@ def _onto_bases(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.T
         items.append((row, count * slices, item))
         offsets.append(offset)
         offset += blocks(r * k, 16) * 16
-    H = torch.empty((slices, offset), dtype=torch.float32, device=pairs[0][0].device)
-    launch_items(onto_basis, items, {"H": H, "slices": slices, "stride_h": offset})
-    return H[0] if slices == 1 else H.sum(0), offsets
+    options: dict[str, Any] = {"dtype": torch.float32, "device": pairs[0][0].device}
+    H = torch.empty((slices, offset), **options)
+    launches = launch_items(onto_basis, items, {"H": H, "slices": slices, "stride_h": offset})
+    if launches is None:
+        return _summed(H), offsets, None
+
+    def again() -> torch.Tensor:
+        H = torch.empty((slices, offset), **options)
+        for launch in launches:
+            launch(H=H)
+        return _summed(H)
+
+    return _summed(H), offsets, again
 
 
-def project(items: Sequence[Item]) -> None:
-    """``out ← g P`` for matrices g, out (r, d) whose rows are contiguous, and a basis (d, k) of any dtype."""
+def _summed(H: torch.Tensor) -> torch.Tensor:
+    return H[0] if len(H) == 1 else H.sum(0)
+
+
+def _back(
+    kernel: Any, launches: list[Any], H: torch.Tensor, form: Callable[[], torch.Tensor] | None, shared: dict[str, Any]
+) -> Callable[..., None] | None:
+    """Launches what reads H, and gives a function that does all again, with other ``shared`` arguments than now."""
+    made = launch_items(kernel, launches, {"H": H, **shared})
+    if form is None or made is None:
+        return None
+
+    def again(**changed: Any) -> None:
+        H = form()
+        for launch in made:
+            launch(H=H, **changed)
+
+    return again
+
+
+def project(items: Sequence[Item]) -> Callable[[], None] | None:
+    """``out ← g P`` for matrices g, out (r, d) whose rows are contiguous, and a basis (d, k) of any dtype.
+
+    Returns what does it again for the same addresses; None if nothing can.
+    """
     if not items:
-        return
-    bases = [unit_inner(basis.float()) for _, _, basis, _ in items]
-    H, offsets = _onto_bases([(g, basis) for (g, *_), basis in zip(items, bases, strict=True)])
+        return None
+    items = [(g, out, as_read(basis), complement) for g, out, basis, complement in items]
+    H, offsets, form = _onto_bases([(g, basis) for g, _, basis, _ in items])
     chosen = _rows("null_projection.from_basis", [g for g, *_ in items])
     launches = []
-    for row, (g, out, _, complement), basis, h in zip(chosen, items, bases, offsets, strict=True):
+    for row, (g, out, basis, complement), h in zip(chosen, items, offsets, strict=True):
         r, d = g.shape
         item = {
             "G": g, "OUT": out, "BASIS": basis, "r": r, "d": d, "k": basis.shape[1], "stride_g": g.stride(0),
             "stride_out": out.stride(0), "stride_b": basis.stride(0), "complement": int(complement), "h": h,
         }  # fmt: skip
         launches.append((row, _programs(row, r, "BLOCK_D", d), item))
-    launch_items(from_basis, launches, {"H": H})
+    return _back(from_basis, launches, H, form, {})
 
 
-def _adamw(updates: list[Update], flats: list[list[torch.Tensor]]) -> None:
+def _adamw(updates: list[Update], flats: list[list[torch.Tensor]]) -> Callable[..., None] | None:
     """M, V and A of AdamW by the projected gradients; A is not projected yet. ``flats`` are A, G, M, V as matrices."""
-    bases = [unit_inner(update.basis.float()) for update in updates]
-    H, offsets = _onto_bases([(g, basis) for (_, g, *_), basis in zip(flats, bases, strict=True)])
+    H, offsets, form = _onto_bases([(g, u.basis) for (_, g, *_), u in zip(flats, updates, strict=True)])
     chosen = _rows("null_projection.adamw_from_basis", [a for a, *_ in flats])
     launches = []
-    for row, update, (a, g, m, v), basis, h in zip(chosen, updates, flats, bases, offsets, strict=True):
-        r, d = a.shape
+    for row, update, (a, g, m, v), h in zip(chosen, updates, flats, offsets, strict=True):
+        (r, d), basis = a.shape, update.basis
         item = {
             "G": g, "A": a, "M": m, "V": v, "STEP": update.step, "BASIS": basis, "r": r, "d": d, "k": basis.shape[1],
             "stride_g": g.stride(0), "stride_a": a.stride(0), "stride_m": m.stride(0), "stride_v": v.stride(0),
             "stride_b": basis.stride(0), "complement": int(update.complement), "h": h,
         }  # fmt: skip
         launches.append((row, _programs(row, r, "BLOCK_D", d), item))
-    lr, beta1, beta2, eps, weight_decay = updates[0].settings
-    shared: dict[str, Any] = {"H": H, "lr": lr, "decay": 1 - lr * weight_decay, "eps": eps}
-    shared |= {"rest1": 1 - beta1, "rest2": 1 - beta2, "log_beta1": _log(beta1), "log_beta2": _log(beta2)}
-    launch_items(adamw_from_basis, launches, shared)
+    return _back(adamw_from_basis, launches, H, form, _arguments_of(*updates[0].settings))
+
+
+def _arguments_of(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> dict[str, float]:
+    numbers = {"lr": lr, "decay": 1 - lr * weight_decay, "eps": eps, "rest1": 1 - beta1, "rest2": 1 - beta2}
+    return {**numbers, "log_beta1": _log(beta1), "log_beta2": _log(beta2)}
 
 
 def _log(beta: float) -> float:
     return math.log(beta) if beta else -math.inf
 
 
-def _adamw_and_project(updates: list[Update], flats: list[list[torch.Tensor]]) -> None:
-    _adamw(updates, flats)
-    project([(a, a, u.basis, u.complement) for u, (a, *_) in zip(updates, flats, strict=True)])
+def _adamw_and_project(updates: list[Update], flats: list[list[torch.Tensor]]) -> Callable[..., None] | None:
+    step = _adamw(updates, flats)
+    back = project([(a, a, u.basis, u.complement) for u, (a, *_) in zip(updates, flats, strict=True)])
+    if step is None or back is None:
+        return None
+
+    def again(*settings: float) -> None:
+        step(**_arguments_of(*settings))
+        back()
+
+    return again
 
 
 null_project_ = partial(gpu.null_project_, project)
