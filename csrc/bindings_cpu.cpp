@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -103,6 +104,65 @@ bool null_project_tensors(const py::object& g, const py::object& basis, const py
     return true;
 }
 
+bool covariance_update_tensors(const py::object& covariance, const py::object& x, const py::object& mask,
+                               const py::object& scale, bool grad, int threads) {
+    py::tuple covariances, xs, masks;
+    if (!tensors_of(covariance, reader(), covariances) || !tensors_of(x, reader(), xs)) return false;
+    bool one = reader().is_plain(covariance);
+    if (one != reader().is_plain(x) || covariances.size() != xs.size() || !PyFloat_CheckExact(scale.ptr()))
+        return false;
+    double factor = PyFloat_AS_DOUBLE(scale.ptr());
+    if (!std::isfinite(factor)) return false;
+    bool masked = !mask.is_none();
+    if (masked && (!tensors_of(mask, reader(), masks) || one != reader().is_plain(mask) || masks.size() != xs.size())) {
+        return false;
+    }
+    std::vector<CovarianceUpdate> items(xs.size());
+    std::vector<std::vector<uint8_t>> memory(xs.size());
+    for (size_t i = 0; i < items.size(); i++) {
+        CovarianceUpdate& item = items[i];
+        Matrix& C = item.covariance;
+        DLTensor read;
+        py::handle target = PyTuple_GET_ITEM(covariances.ptr(), i);
+        if (!reader().read_matrix(target, C) || !spread(C) || (grad && wanted_grad(target))) return false;
+        if (C.rows != C.cols || (C.dtype != kFloat32 && C.dtype != kFloat64)) return false;
+        if (!reader().read_rows(PyTuple_GET_ITEM(xs.ptr(), i), item.x, read) || item.x.cols != C.rows) return false;
+        py::handle its_mask = masked ? PyTuple_GET_ITEM(masks.ptr(), i) : Py_None;
+        if (!its_mask.is_none() && !reader().read_mask(its_mask, read, item.mask, memory[i])) return false;
+        item.scale = factor;
+    }
+    if (!all_apart(items, [](const CovarianceUpdate& item) { return item.covariance.data; })) return false;
+    py::gil_scoped_release release;
+    kernels().covariance_update(items.data(), static_cast<int64_t>(items.size()), threads);
+    return true;
+}
+
+// Whether lists of parameters, gradients, moments and steps are as PyTorch's fused AdamW takes them, which checks
+// little: each of one dtype, shape and contiguous, each parameter once, steps of one float32.
+bool adamw_tensors_fit(const py::list& lists, bool grad) {
+    std::vector<py::tuple> read(lists.size());
+    for (size_t i = 0; i < read.size(); i++) {
+        if (!tensors_of(lists[i], reader(), read[i]) || read[i].size() != read[0].size()) return false;
+    }
+    std::vector<DLTensor> params(read[0].size());
+    for (size_t i = 0; i < params.size(); i++) {
+        DLTensor& p = params[i];
+        py::handle param = PyTuple_GET_ITEM(read[0].ptr(), i);
+        if (!reader().read_dense(param, p) || p.dims < 1 || p.code != kDLFloat || p.bits < 32) return false;
+        if (grad && wanted_grad(param)) return false;
+        DLTensor t;
+        for (size_t j = 1; j + 1 < read.size(); j++) {
+            if (!reader().read_dense(PyTuple_GET_ITEM(read[j].ptr(), i), t) || t.code != p.code || t.bits != p.bits ||
+                t.dims != p.dims || !std::equal(t.sizes, t.sizes + t.dims, p.sizes)) {
+                return false;
+            }
+        }
+        if (!reader().read_dense(PyTuple_GET_ITEM(read.back().ptr(), i), t)) return false;
+        if (t.dims != 0 || t.code != kDLFloat || t.bits != 32) return false;
+    }
+    return all_apart(params, [](const DLTensor& param) { return param.data; });
+}
+
 // Addresses, devices, dtypes, sizes and strides of the tensors of lists, for comparison; None if one cannot be read.
 py::object describe(const py::tuple& lists) {
     std::vector<int64_t> words;
@@ -128,7 +188,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of guardspace_kernels";
     m.def("covariance_update", covariance_update);
     m.def("null_project", null_project);
+    m.def("covariance_update_tensors", covariance_update_tensors);
     m.def("null_project_tensors", null_project_tensors);
+    m.def("adamw_tensors_fit", adamw_tensors_fit);
     m.def("describe", describe);
     m.def("read_tensors", [](const py::capsule& exchange, py::tuple types, py::object is_negated) {
         reader() = Reader(exchange, std::move(types), std::move(is_negated));

@@ -22,7 +22,7 @@ struct DLTensor {
     uint64_t offset;
 };
 constexpr int32_t kDLCpu = 1;
-constexpr int kDLFloat = 2, kDLBfloat = 4, kDLBool = 6;
+constexpr int kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4, kDLBool = 6;
 
 struct DLExchange {
     uint32_t major, minor;
@@ -68,12 +68,53 @@ class Reader {
     // (..., d) of floating-point numbers on the CPU as (rows, d); false if it is not, or no such view of it exists.
     bool read_rows(py::handle object, Matrix& matrix) const {
         DLTensor t;
+        return read_rows(object, matrix, t);
+    }
+
+    bool read_rows(py::handle object, Matrix& matrix, DLTensor& t) const {
         return read(object, t) && t.device_type == kDLCpu && t.dims >= 1 && as_rows(t, matrix);
     }
 
     bool read_matrix(py::handle object, Matrix& matrix) const {
         DLTensor t;
         return read(object, t) && t.device_type == kDLCpu && t.dims == 2 && as_rows(t, matrix);
+    }
+
+    // A contiguous tensor on the CPU.
+    bool read_dense(py::handle object, DLTensor& t) const {
+        if (!read(object, t) || t.device_type != kDLCpu) return false;
+        int64_t count = 1;
+        for (int i = t.dims - 1; i >= 0; count *= t.sizes[i--]) {
+            if (t.sizes[i] != 1 && t.strides[i] != count) return false;
+        }
+        return true;
+    }
+
+    // One byte, zero or not, for each entry of integers or booleans on the CPU of the sizes of x but the last; `memory`
+    // keeps them where they are not the tensor's own.
+    bool read_mask(py::handle object, const DLTensor& x, const uint8_t*& bytes, std::vector<uint8_t>& memory) const {
+        DLTensor t;
+        if (!read(object, t) || t.device_type != kDLCpu || t.dims != x.dims - 1) return false;
+        if ((t.code != kDLInt && t.code != kDLUInt && t.code != kDLBool) ||
+            !std::equal(t.sizes, t.sizes + t.dims, x.sizes))
+            return false;
+        int64_t count = 1, size = t.bits / 8;
+        bool dense = true;
+        for (int i = t.dims - 1; i >= 0; i--) {
+            dense = dense && (t.sizes[i] == 1 || t.strides[i] == count);
+            count *= t.sizes[i];
+        }
+        bytes = static_cast<const uint8_t*>(t.data);
+        if (dense && size == 1) return true;
+        memory.resize(std::max<int64_t>(count, 1));
+        for (int64_t entry = 0; entry < count; entry++) {
+            int64_t rest = entry, place = 0;
+            for (int i = t.dims - 1; i >= 0; rest /= t.sizes[i--]) place += rest % t.sizes[i] * t.strides[i];
+            const uint8_t* first = bytes + place * size;
+            memory[entry] = std::any_of(first, first + size, [](uint8_t byte) { return byte != 0; });
+        }
+        bytes = memory.data();
+        return true;
     }
 
   private:

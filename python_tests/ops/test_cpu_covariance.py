@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from backends import Guarded, on_all_threads, poison_scratch, same_bits, use_threads
+from backends import Guarded, calls, on_all_threads, poison_scratch, same_bits, use_threads
 from oracle import DTYPES, assert_as_exact_as_plain, error
 
-from guardspace_kernels.ops import covariance_update_, squared_drift, symmetrize_
-from guardspace_kernels.ops._cpu import extension, view
+from guardspace_kernels.ops import covariance, covariance_update_, squared_drift, symmetrize_
+from guardspace_kernels.ops._cpu import READS_TENSORS, extension, view
 
 pytestmark = pytest.mark.cpu_kernels
 
@@ -44,6 +44,41 @@ def expected(start, x, mask, scale, dtype):
     """The lower triangle of start + scale · Xᵀ diag(mask) X, formed in ``dtype``."""
     rows = x.to(dtype) if mask is None else x[mask].to(dtype)
     return (start.to(dtype) + scale * (rows.T @ rows)).tril()
+
+
+@pytest.mark.skipif(not READS_TENSORS, reason="tensors are read one by one in Python")
+def test_a_list_of_any_length_is_one_call_into_the_kernels(monkeypatch):
+    monkeypatch.setattr(covariance, "_update_op", None)
+    monkeypatch.setattr(covariance, "_update_list_op", None)
+    counts = set()
+    for length in (1, 2, 50):
+        xs, masks = [torch.randn(2, 3, 13) for _ in range(length)], [torch.tensor([[1, 0, 2], [0, 1, 1]])] * length
+        Cs = [torch.zeros(13, 13) for _ in xs]
+        counts.add(calls(lambda: covariance_update_(Cs, xs, masks)))  # noqa: B023
+        for C, x in zip(Cs, xs, strict=True):
+            kept = x[masks[0].bool()]
+            torch.testing.assert_close(C.tril(), (kept.T @ kept).tril())
+    covariance_update_(Cs[0], xs[0], masks[0])
+    assert len(counts) == 1 and counts.pop() <= 30
+
+
+LAID_OUT = {
+    "dense": lambda mask: mask,
+    "columns": lambda mask: mask.T.contiguous().T,
+    "expanded": lambda mask: mask[:1].expand(mask.shape),
+    "every second": lambda mask: mask.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAID_OUT)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_masks_of_every_dtype_and_layout(isa, dtype, layout):
+    start, x = torch.zeros(13, 13), torch.randn(4, 6, 13)
+    whole = torch.randint(2, (4, 6)) * (256 if dtype.itemsize > 1 else 1)  # whose lowest byte is zero
+    mask = LAID_OUT[layout](whole.to(dtype))
+    assert same_bits(update(start, x, mask), update(start, x, mask.bool().contiguous()))
+    torch.testing.assert_close(update(start, x, mask).tril(), expected(start, x, mask.bool(), 1.0, torch.float32))
+    assert same_bits(update(start, x[0, 0], mask[0, 0]), update(start, x[:1, 0], mask[:1, 0]))
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS, ids=str)

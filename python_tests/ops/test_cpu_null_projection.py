@@ -11,14 +11,12 @@ from backends import Guarded, calls, on_all_threads, poison_scratch, same_bits, 
 from oracle import DTYPES, FLOOR, dense_projector, orthonormal
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from guardspace_kernels.ops import null_project_, null_projection
-from guardspace_kernels.ops._cpu import extension
+from guardspace_kernels.ops import null_project_, null_projection, projected_adamw_
+from guardspace_kernels.ops._cpu import READS_TENSORS, extension
 from guardspace_kernels.ops.null_projection import cpu_kernels, reference
 
 pytestmark = pytest.mark.cpu_kernels
-reads_tensors = pytest.mark.skipif(
-    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this PyTorch has no C functions to read tensors"
-)
+reads_tensors = pytest.mark.skipif(not READS_TENSORS, reason="this PyTorch has no C functions to read tensors")
 
 RANKS = (1, 3, 16, 47, 48, 49, 130)
 #: (d, k): no column, one, all; odd and even; more than are kept in registers or read at a time (128 and 512).
@@ -283,6 +281,68 @@ def test_nothing_beyond_the_operands_is_read_or_written(isa, dtype, basis_dtype)
         poison_scratch(1)
         null_project_(g.matrix, basis.matrix, complement)
         assert same_bits(g.matrix, expected) and expected.isfinite().all() and g.intact() and basis.intact()
+
+
+# ---- AdamW
+
+SETTINGS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+
+
+def updates(count, dtype=torch.float32, d=31):
+    lists = [[torch.randn(3, d, dtype=dtype) for _ in range(count)] for _ in range(3)]
+    lists.append([torch.rand(3, d, dtype=dtype) for _ in range(count)])
+    return [*lists, [torch.tensor(float(i + 1)) for i in range(count)], [orthonormal(d, 9, dtype)] * count]
+
+
+@reads_tensors
+def test_a_step_of_adamw_is_a_few_calls_for_a_list_of_any_length(monkeypatch):
+    monkeypatch.setattr(null_projection, "_adamw_op", None)
+    counts = set()
+    for length in (1, 2, 50):
+        lists = updates(length)
+        with torch.no_grad():
+            counts.add(calls(lambda: projected_adamw_(*lists, **SETTINGS)))  # noqa: B023
+        assert all((a @ lists[5][0]).abs().max() < 1e-5 for a in lists[0])
+    assert len(counts) == 1 and counts.pop() <= 70
+
+
+@reads_tensors
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_both_ways_through_a_step_of_adamw_agree(isa, dtype, complement):
+    lists = updates(3, dtype)
+    twin = [[t.clone() for t in values] for values in lists]
+    versions = [lists[i][0]._version for i in range(4)]
+    with Watched() as watched:
+        projected_adamw_(*twin, complement, **SETTINGS)
+    assert "guardspace.projected_adamw_.default" in watched.seen
+    projected_adamw_(*lists, complement, **SETTINGS)
+    for ours, theirs in zip(lists[:5], twin[:5], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-14)
+    assert [lists[i][0]._version > version for i, version in enumerate(versions)] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("unusual", ["strided", "bfloat16", "twice", "another shape", "float64 steps", "grad"])
+def test_what_the_fused_step_would_not_check_takes_the_way_of_the_op(unusual):
+    lists = updates(2)
+    if unusual == "strided":
+        lists[2] = [torch.randn(31, 3).T for _ in range(2)]
+    elif unusual == "bfloat16":
+        lists[:4] = [[t.bfloat16() for t in values] for values in lists[:4]]
+    elif unusual == "twice":
+        lists[0][1] = lists[0][0]
+    elif unusual == "another shape":
+        lists[1][1] = torch.randn(1, 31)
+    elif unusual == "float64 steps":
+        lists[4][0] = lists[4][0].double()
+    else:
+        lists[0][1].requires_grad_()
+    before = [[t.detach().clone() for t in values] for values in lists]
+    given = (*lists, True, *SETTINGS.values())
+    assert not cpu_kernels.projected_adamw_direct(*given)
+    assert all(
+        torch.equal(t, old) for new, olds in zip(lists, before, strict=True) for t, old in zip(new, olds, strict=True)
+    )
 
 
 def converted(source, to, d=64, stride=1):

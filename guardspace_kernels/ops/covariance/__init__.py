@@ -14,6 +14,7 @@ from guardspace_kernels.ops._library import (
     LIBRARY,
     define,
     forbid_grad,
+    plain_eager,
     require_dense,
     require_float,
     require_same_device,
@@ -192,6 +193,8 @@ def covariance_update_(
 
     Source: the accumulation of activations' second moments in GuardSpace (arXiv 2510.14301) and CorDA.
     """
+    if plain_eager() and dispatch.direct("covariance", "covariance_update_direct", covariance, x, mask, scale):
+        return
     if isinstance(covariance, torch.Tensor):
         if not isinstance(x, torch.Tensor) or not (mask is None or isinstance(mask, torch.Tensor)):
             raise TypeError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from guardspace_kernels.ops._cpu import accepts_written, extension, register, view
@@ -27,6 +29,15 @@ def covariance_update_(updates: list[Update]) -> None:
     written(*(covariance for covariance, *_ in updates))
 
 
+def covariance_update_direct(covariance: Any, x: Any, mask: Any, scale: Any) -> bool:
+    """One call into C++ for a covariance or all of a list, whose tensors it reads and checks."""
+    grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    if not extension.covariance_update_tensors(covariance, x, mask, scale, grad, threads):
+        return False
+    written(*((covariance,) if isinstance(covariance, torch.Tensor) else covariance))
+    return True
+
+
 def symmetrize_(covariance: torch.Tensor) -> None:
     extension.symmetrize(view(covariance), torch.get_num_threads())
     written(covariance)
@@ -43,6 +54,7 @@ register(
     "covariance",
     accepts_written,
     covariance_update_=covariance_update_,
+    covariance_update_direct=covariance_update_direct,
     symmetrize_=symmetrize_,
     squared_drift=squared_drift,
 )

@@ -255,6 +255,9 @@ def projected_adamw_(
     }  # fmt: skip
     if plain_eager() and set(map(type, settings)) <= {float, int}:
         _check_settings(*settings)
+        arguments = (*lists.values(), complements, *settings)
+        if dispatch.direct("null_projection", "projected_adamw_direct", *arguments):
+            return
         if gpu.done_again("projected_adamw_", tuple(lists.values()), complements, (0, 2, 3), *settings):
             return
     for name, values in lists.items():
