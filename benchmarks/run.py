@@ -142,6 +142,7 @@ def run(
     out: Path | None,
     markdown: bool,
     device: torch.device = CPU,
+    only: list[str] | None = None,
 ) -> dict[str, Any]:
     """Measures, prints, and returns what it writes into ``out`` after every case: an interrupted run leaves that."""
     result: dict[str, Any] = {"environment": environment(threads, device), "size": size}
@@ -166,10 +167,12 @@ def run(
             rounds = min(least, getattr(MODULES[op], "ROUNDS", least))
             if size != "tiny":
                 rounds = max(rounds, getattr(MODULES[op], "LEAST_ROUNDS", 0))
-            measured = measure(case, found, device, budget=budget, least=rounds, most=2 if size == "tiny" else 50)
+            most = 2 if size == "tiny" else 50
+            measured = measure(case, found, device, only, budget=budget, least=rounds, most=most)
             del case
             rows += measured
-            print("\n" + case_table(measured, markdown), flush=True)
+            if measured:
+                print("\n" + case_table(measured, markdown), flush=True)
             if out is not None:
                 write_json(out, result)
     return result
@@ -185,6 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     size.add_argument("--tiny", dest="size", action="store_const", const="tiny", help=argparse.SUPPRESS)
     parser.add_argument("--op", nargs="+", choices=MODULES, help="default: all; on a GPU " + ", ".join(ON_GPU))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: both")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants that are timed, such as 'plain LoRA'")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="JSON file of the results, such as benchmarks/results/NAME.json")
@@ -201,7 +205,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.targets:
         result = read_json(args.targets)
     else:
-        result = run(args.size or "default", ops, tuple(args.dtype), args.threads, args.out, args.markdown, device)
+        result = run(
+            args.size or "default", ops, tuple(args.dtype), args.threads, args.out, args.markdown, device, args.only
+        )
     rows = result["rows"]
     print("\n" + targets_table(rows, args.markdown))
     if before is not None:

@@ -247,12 +247,17 @@ HEADER = ["what", "against", "target", "geometric mean", "worst shape", "frozen 
 
 def verdict(rows: list[Row], environment: dict[str, Any]) -> str:
     """What a training step costs here, in one sentence; empty if none was measured."""
+    text = {"demo": "the demo's batches", "packed": "8 × 128 tokens"}
     told = []
-    for shape, contestants in by_shape(rows, _STEP, lambda shape: True).items():
-        if {"ours", "PEFT LoRA"} <= contestants.keys():
-            ratio = contestants["ours"]["seconds"] / contestants["PEFT LoRA"]["seconds"]
-            told.append((ratio, shape))
+    for row in rows:
+        if row["op"] == _STEP and row["contestant"] == "ours" and row["refused"] is None:
+            shape = row["shape"]
+            plain = by_shape(rows, _STEP, lambda other, shape=shape: other == shape)[label(shape)].get("PEFT LoRA")
+            if plain is not None:
+                what = f"{text.get(shape.get('text'), shape['model'])}, {shape['dtype']}"
+                told.append(f"{row['seconds'] / plain['seconds']:.2f}× ({what})")
     if not told:
         return ""
-    cases = "; ".join(f"{ratio:.2f}× ({shape})" for ratio, shape in told)
-    return f"On this CPU ({cpu_line(environment)}) a guarded training step takes {cases} of plain LoRA's time."
+    return (
+        f"On this CPU ({cpu_line(environment)}) a guarded training step takes {', '.join(told)} of plain LoRA's time."
+    )

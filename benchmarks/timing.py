@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -187,16 +187,19 @@ def time_by_turns(
     return times
 
 
-def measure(case: Case, peaks: dict[str, Any], device: torch.device = CPU, **timing: Any) -> list[Row]:
-    """A row per contestant. One that fails its check gets the reason instead of a number."""
+def measure(
+    case: Case, peaks: dict[str, Any], device: torch.device = CPU, only: Sequence[str] | None = None, **timing: Any
+) -> list[Row]:
+    """A row per contestant, or of ``only`` these. One that fails its check gets the reason instead of a number."""
+    wanted = {name: c for name, c in case.contestants.items() if only is None or name in only}
     with device:
-        refusals = {name: case.refusal(name) for name in case.contestants}
-    runs = {n: c.run for n, c in case.contestants.items() if refusals[n] is None}
+        refusals = {name: case.refusal(name) for name in wanted}
+    runs = {n: c.run for n, c in wanted.items() if refusals[n] is None}
     if case.rounds is not None:
         timing["least"] = min(timing.get("least", case.rounds), case.rounds)
     times = time_by_turns(runs, clock=clock_of(device), **timing)  # a device as context costs microseconds a call
     rows = []
-    for name, contestant in case.contestants.items():
+    for name, contestant in wanted.items():
         row: Row = {"op": case.op, "shape": case.shape, "contestant": name, "refused": refusals[name]}
         row["error"] = max(case.errors[name].values()) if name in case.errors else None
         if name in times:

@@ -38,6 +38,7 @@ def test_a_layer_calls_and_launches_no_more_than_pefts(case):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a minute, alone on the machine
 def test_a_layer_executes_fewer_instructions_than_pefts():
     if reason := counting.why_not():
         pytest.skip(reason)
