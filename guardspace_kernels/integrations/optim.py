@@ -132,7 +132,7 @@ class OptimizerGuard:
     @torch.no_grad()
     def after_step(self, *_: Any) -> None:
         if self._layers:
-            null_project_([layer.A for layer in self._layers], *_projectors(self._layers))
+            null_project_([A for A, _ in self._held], *_projectors(self._layers))
 
     def __enter__(self) -> OptimizerGuard:
         return self
@@ -226,7 +226,9 @@ def _check_held(optimizer: torch.optim.Optimizer, layers: list[Any]) -> None:
 
 
 def _projectors(layers: list[Any]) -> tuple[list[torch.Tensor], list[bool]]:
-    return [layer.projector.basis for layer in layers], [layer.projector.complement for layer in layers]
+    # By the dictionaries: nn.Module.__getattr__ takes longer than a small matrix, and these are read after every step.
+    projectors = [layer._modules["projector"] for layer in layers]
+    return [one._buffers["basis"] for one in projectors], [one.complement for one in projectors]
 
 
 _Lists = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
@@ -316,8 +318,10 @@ class GuardedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             _check_group(group)
             trained = [p for p in group["params"] if p.grad is not None]
-            guarded = [p for p in trained if p in self._projectors]
-            others = [p for p in trained if p not in self._projectors]
+            guarded: list[torch.Tensor] = []
+            others: list[torch.Tensor] = []
+            for p in trained:
+                (guarded if p in self._projectors else others).append(p)
             (beta1, beta2), settings = group["betas"], {name: group[name] for name in ("lr", "eps", "weight_decay")}
             for on_gpu in (True, False):
                 mine = [p for p in others if p.is_cuda == on_gpu]
