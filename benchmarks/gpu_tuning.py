@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import guardspace_kernels as gk
-from guardspace_kernels.ops import _triton, _triton_table, null_project_
+from guardspace_kernels.ops import _prepared, _triton, _triton_table, null_project_
 from guardspace_kernels.ops._triton_launch import target
 from guardspace_kernels.ops._triton_table import Row as Launch
 from guardspace_kernels.ops.projected_lora import gpu, triton_kernels, triton_tma
@@ -75,13 +75,15 @@ def projection_rows(kernel: str, chip: str) -> Iterator[Launch]:
 
 @contextmanager
 def first_choice(row: Launch) -> Iterator[None]:
-    """The row goes before all others of its kernel."""
+    """The row goes before all others of its kernel, also where an earlier call would be made again."""
     before = _triton_table.ROWS[:]
     _triton_table.ROWS.insert(0, replace(row, least=()))
+    _prepared._PLANS.clear()
     try:
         yield
     finally:
         _triton_table.ROWS[:] = before
+        _prepared._PLANS.clear()
 
 
 def checked(work: Callable[[], torch.Tensor], wanted: torch.Tensor) -> Row:

@@ -153,12 +153,14 @@ def test_a_line_is_the_row(tuning):
 
 
 def test_the_first_choice_ends(tuning):
-    table = tuning._triton_table
+    table, plans = tuning._triton_table, tuning._prepared._PLANS
     before = list(table.ROWS)
     for kernel in ("null_projection.onto_basis", "null_projection.from_basis"):
         rows = list(tuning.projection_rows(kernel, "sm90"))
         assert rows[0] in before and len({row.key for row in rows}) == len(rows) > 8
+        plans["made by another row"] = None
         with tuning.first_choice(rows[3]):
+            assert not plans
             assert table.rows_for(kernel, "sm90")[0].key == rows[3].key
     assert [row.key for row in table.ROWS] == [row.key for row in before]
 
