@@ -16,6 +16,7 @@ import torch
 
 from guardspace_kernels import dispatch
 from guardspace_kernels.ops._cpu import READS_TENSORS, extension
+from guardspace_kernels.ops._library import differentiated
 
 Lists = tuple[Sequence[torch.Tensor], ...]
 
@@ -39,13 +40,18 @@ def keep(entry: str, lists: Lists, flags: Sequence[bool], again: Callable[..., N
 
 
 def run(entry: str, lists: Lists, flags: Sequence[bool], *settings: float) -> bool:
-    """Whether an earlier call had these tensors on this stream: then it was done again."""
+    """Whether an earlier call had these tensors on this stream: then it was done again, unless autograd must see it.
+
+    The first list is written.
+    """
     key = _key(entry, lists, flags)
     with _changing:
         again = _PLANS.pop(key, None)
         if again is None:
             return False
         _PLANS[key] = again  # the most recent one
+    if differentiated(*lists[0]):
+        return False
     device = lists[0][0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         again(*settings)

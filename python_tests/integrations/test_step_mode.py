@@ -8,9 +8,11 @@ import pickle
 
 import pytest
 import torch
+from backends import calls
 from torch import nn
 
 import guardspace_kernels as gk
+from guardspace_kernels.ops._cpu import READS_TENSORS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(torch|peft|transformers|accelerate)")
 
@@ -85,6 +87,18 @@ CHANGES = {
     "swapped": swapped,
     "state assigned": assigned,
 }
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.skipif(not READS_TENSORS, reason="tensors are read one by one in Python")
+def test_python_calls_nothing_for_each_layer_after_a_step(tiny, monkeypatch):
+    model = tiny.guarded()
+    optimizer = tiny.adamw(tiny.trainable(model))
+    guard = gk.guard_optimizer(optimizer, model)
+    counts = [calls(guard.after_step)]
+    for name in ("_layers", "_held"):
+        monkeypatch.setattr(guard, name, getattr(guard, name)[:3])
+    assert len(model.guarded_layers()) == 14 and [calls(guard.after_step)] == counts
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -186,6 +186,8 @@ def test_errors_are_those_of_the_first_call(monkeypatch):
     gs[0].requires_grad_()
     with pytest.raises(RuntimeError, match="requires grad"):
         null_project_(gs, bases)
+    with pytest.raises((TypeError, RuntimeError), match="null_project_"):
+        null_project_([1, 2], bases)
 
 
 def updates(count):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from guardspace_kernels.ops import _prepared
-from guardspace_kernels.ops._library import differentiated, rows, unit_inner, written
+from guardspace_kernels.ops._library import rows, unit_inner, written
 from guardspace_kernels.ops.null_projection.reference import Projection, Update
 
 #: (g, out, basis, complement): out ← g P
@@ -71,7 +71,7 @@ def done_again(entry: str, lists: tuple[Any, ...], complement: Any, changed: Ite
     if not _prepared.any_kept() or not all(isinstance(members, (list, tuple)) for members in lists):
         return False
     flags = [complement] * len(lists[0]) if isinstance(complement, bool) else complement
-    if not isinstance(flags, (list, tuple)) or not set(map(type, flags)) <= {bool} or differentiated(*lists[0]):
+    if not isinstance(flags, (list, tuple)) or not set(map(type, flags)) <= {bool}:
         return False
     if not _prepared.run(entry, lists, flags, *settings):
         return False
