@@ -1,20 +1,21 @@
-"""What a guarded layer costs the host, gated against PEFT's LoRA layer in the same run; time is not tested."""
+"""What a guarded layer costs the host, gated beside PEFT's LoRA layer in the same run; time is not tested."""
 
 import pytest
 import torch
 
 from benchmarks import bench_host, counting, run, targets, timing
 
-#: Of PEFT's, at most: our contestant, what is counted.
-GATES = {
-    ("ours", "instructions"): 2.75,
-    ("ours, step mode", "instructions"): 2.85,
-    ("ours", "calls"): 1.60,
-    ("ours, step mode", "calls"): 1.65,
-    ("ours", "launches"): 1.65,
-    ("ours, step mode", "launches"): 1.70,
-}
 LAYERS = [case for case in bench_host.cases("default", run.DTYPES) if "layers" in case]
+#: Our contestant, what is counted -> of PEFT's, at most: in bfloat16 on x (1, T, d) and (T, d), and in float32. What is
+#: reached, so that one op or check more a call shows; targets.HOST says what is wanted.
+GATES = {
+    ("ours", "instructions"): (2.00, 2.42, 2.15, 2.67),
+    ("ours, step mode", "instructions"): (2.07, 2.50, 2.21, 2.73),
+    ("ours", "calls"): (1.245, 1.415, 1.33, 1.56),
+    ("ours, step mode", "calls"): (1.285, 1.46, 1.375, 1.62),
+    ("ours", "launches"): (1.59, 1.59, 1.59, 1.59),
+    ("ours, step mode", "launches"): (1.65, 1.65, 1.67, 1.67),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -22,29 +23,32 @@ def _poisoned_empty():
     """Not here: writing NaN into what is allocated would be counted."""
 
 
-def over(what, counted):
+def over(kind, case, counted):
     """The contestants that are above their gate, with their shares."""
-    plain = sum(counted["PEFT LoRA"][key] for key in targets.COUNTED[what])
-    found = {
-        ours: sum(counted[ours][key] for key in targets.COUNTED[what]) / plain for ours, kind in GATES if kind == what
-    }
-    return {ours: share for ours, share in found.items() if share > GATES[ours, what]}
+
+    def total(name):
+        return sum(counted[name][key] for key in targets.COUNTED[kind])
+
+    gates = {ours: most[LAYERS.index(case)] for (ours, what), most in GATES.items() if what == kind}
+    shares = {ours: total(ours) / total("PEFT LoRA") for ours in gates}
+    return {ours: share for ours, share in shares.items() if share > gates[ours]}
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=timing.label)
-def test_a_layer_calls_and_launches_no_more_than_pefts(case):
+def test_what_a_layer_calls_and_launches_beside_pefts(case):
     counted = {name: counting.calls(run) for name, run in bench_host.runs(**case).items()}
-    assert not over("calls", counted) and not over("launches", counted), counted
+    assert not over("calls", case, counted)
+    assert not over("launches", case, counted)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a minute, alone on the machine
-def test_a_layer_executes_fewer_instructions_than_pefts():
+def test_the_instructions_of_a_layer_beside_pefts():
     if reason := counting.why_not():
         pytest.skip(reason)
-    for case, counted in zip(LAYERS, counting.instructions("benchmarks.bench_host", LAYERS), strict=True):
-        found = {name: {"instructions": number} for name, number in counted.items()}
-        assert not over("instructions", found), (timing.label(case), counted)
+    found = zip(LAYERS, counting.instructions("benchmarks.bench_host", LAYERS), strict=True)
+    rows = [(case, {name: {"instructions": n} for name, n in counted.items()}) for case, counted in found]
+    assert not {timing.label(case): above for case, row in rows if (above := over("instructions", case, row))}
 
 
 def test_calls_are_those_of_forward_and_backward():
