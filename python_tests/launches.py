@@ -15,10 +15,10 @@ from typing import Any
 
 import cuda_on_cpu
 import pytest
-import torch
 from backends import use_cuda, use_triton
 from torch.profiler import ProfilerActivity, profile
 
+from guardspace_kernels.integrations import optim
 from guardspace_kernels.ops import _triton
 
 #: Of these what they call counts.
@@ -63,8 +63,10 @@ def on_a_gpu(backend: str) -> Iterator[Callable[[], int]]:
             if name.startswith("guardspace_kernels.ops") and getattr(module, "target", None) is _triton.target:
                 if module is not _triton:
                     patch.setattr(module, "target", lambda device: "sm90")
-        # Optimisers ask where a parameter is; "fused" steps exist on both.
-        patch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+        adamw = optim.adamw  # what it asks for by where a parameter is exists on the CPU too
+        patch.setattr(
+            optim, "adamw", lambda *args, **kwargs: adamw(*args, **{**kwargs, "foreach": False, "fused": True})
+        )
         yield taken
 
 
