@@ -246,15 +246,15 @@ HEADER = ["what", "against", "target", "geometric mean", "worst shape", "frozen 
 
 
 def verdict(rows: list[Row], environment: dict[str, Any]) -> str:
-    """What a training step costs here, in one sentence; empty if none was measured."""
+    """What a training step on real prompts costs here, in one sentence; empty if none was measured."""
     text = {"demo": "the demo's batches", "packed": "8 × 128 tokens"}
     told = []
     for row in rows:
-        if row["op"] == _STEP and row["contestant"] == "ours" and row["refused"] is None:
-            shape = row["shape"]
+        shape = row["shape"]
+        if row["op"] == _STEP and row["contestant"] == "ours" and row["refused"] is None and "text" in shape:
             plain = by_shape(rows, _STEP, lambda other, shape=shape: other == shape)[label(shape)].get("PEFT LoRA")
             if plain is not None:
-                what = f"{text.get(shape.get('text'), shape['model'])}, {shape['dtype']}"
+                what = f"{text[shape['text']]}, {shape['dtype']}"
                 told.append(f"{row['seconds'] / plain['seconds']:.2f}× ({what})")
     if not told:
         return ""
