@@ -3,12 +3,16 @@
 // The functions named *_tensors take tensors and lists of them as a caller gave them, and answer whether they did the
 // work: anything but plain dense tensors on the CPU that fit is left untouched, to the ops, which know its errors.
 //
-// A matrix is a tuple (address, dtype, rows, columns, row stride, column stride), strides in elements, or None where an
-// argument is optional. Nothing is checked here: the ops in guardspace_kernels/ops check before they call.
+// A matrix is a tensor, where PyTorch lets them be read from here, or a tuple (address, dtype, rows, columns, row
+// stride, column stride), strides in elements, or None where an argument is optional. The ops in guardspace_kernels/ops
+// check before they call; of the products of a layer, which training does not check in every step, sizes are checked
+// here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -19,15 +23,32 @@ using namespace guardspace;
 
 namespace {
 
-Matrix matrix(const py::object& view) {
-    if (view.is_none()) return {};
-    py::tuple t(view);
+Reader& reader() {
+    static Reader* one = new Reader;  // not destroyed: Python may be gone by then
+    return *one;
+}
+
+Matrix matrix(const py::object& given) {
+    if (given.is_none()) return {};
+    if (!PyTuple_CheckExact(given.ptr())) {
+        Matrix m;
+        if (!reader().read_matrix(given, m)) {
+            throw py::type_error(
+                "a dense matrix of floating-point numbers on the CPU was expected, not a negated view");
+        }
+        return m;
+    }
+    py::tuple t = py::reinterpret_borrow<py::tuple>(given);
     return {reinterpret_cast<void*>(t[0].cast<uintptr_t>()),
             static_cast<Dtype>(t[1].cast<int32_t>()),
             t[2].cast<int64_t>(),
             t[3].cast<int64_t>(),
             t[4].cast<int64_t>(),
             t[5].cast<int64_t>()};
+}
+
+void require(bool fits, const char* what) {
+    if (!fits) throw py::value_error(what);
 }
 
 void covariance_update(const py::list& items, int threads) {
@@ -49,11 +70,6 @@ void null_project(const py::list& items, int threads) {
     }
     py::gil_scoped_release release;
     kernels().null_project(projections.data(), static_cast<int64_t>(projections.size()), threads);
-}
-
-Reader& reader() {
-    static Reader* one = new Reader;  // not destroyed: Python may be gone by then
-    return *one;
 }
 
 // One bool for all or, unless there is `one` tensor, a list of them; false if it is anything else.
@@ -188,6 +204,14 @@ PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of guardspace_kernels";
     m.def("covariance_update", covariance_update);
     m.def("null_project", null_project);
+    m.def("project",
+          [](const py::object& out, const py::object& g, const py::object& basis, bool complement, int threads) {
+              Projection item{matrix(out), matrix(g), matrix(basis), complement};
+              require(item.g.cols == item.basis.rows && item.out.rows == item.g.rows && item.out.cols == item.g.cols,
+                      "project: out and g must be (r, d), and the basis (d, k)");
+              py::gil_scoped_release release;
+              kernels().null_project(&item, 1, threads);
+          });
     m.def("covariance_update_tensors", covariance_update_tensors);
     m.def("null_project_tensors", null_project_tensors);
     m.def("adamw_tensors_fit", adamw_tensors_fit);
@@ -208,6 +232,15 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("lora_linear", [](const py::object& x, const py::object& w, const py::object& bias, const py::object& down,
                             const py::object& up, const py::object& h, const py::object& y, int threads) {
         LoraLinear layer{matrix(x), matrix(w), matrix(bias), matrix(down), matrix(up), matrix(h), matrix(y)};
+        Dtype dtype = layer.x.dtype;
+        require(layer.w.dtype == dtype && layer.up.dtype == dtype && layer.h.dtype == dtype && layer.y.dtype == dtype &&
+                    (bias.is_none() || (layer.bias.dtype == dtype && layer.bias.cols == layer.w.rows)) &&
+                    (down.is_none() ||
+                     (layer.down.dtype == dtype && layer.down.cols == layer.x.cols && layer.down.rows == layer.h.cols)),
+                "lora_linear: bias must be (1, d_out), down (r, d_in), and all of one dtype");
+        require(layer.x.cols == layer.w.cols && layer.h.rows == layer.x.rows && layer.h.cols == layer.up.cols &&
+                    layer.up.rows == layer.w.rows && layer.y.rows == layer.x.rows && layer.y.cols == layer.w.rows,
+                "lora_linear: x must be (T, d_in), w (d_out, d_in), up (d_out, r), h (T, r) and y (T, d_out)");
         py::gil_scoped_release release;
         kernels().lora_linear(layer, threads);
     });
@@ -230,12 +263,24 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         kernels().tridiagonal_vectors(d, e, w, rows, threads);
     });
-    m.def("outer_product",
-          [](const py::object& h, const py::object& x, const py::object& out, double scale, int threads) {
-              Matrix left = matrix(h), right = matrix(x), result = matrix(out);
-              py::gil_scoped_release release;
-              kernels().outer_product(left, right, result, scale, threads);
-          });
+    m.def(
+        "outer_product",
+        [](const py::object& h, const py::object& x, const py::object& out, double scale, int threads,
+           bool transposed) {
+            Matrix left = matrix(h), right = matrix(x), result = matrix(out);
+            if (transposed) {
+                std::swap(result.rows, result.cols);
+                std::swap(result.row_stride, result.col_stride);
+            }
+            left.cols = std::min(left.cols, result.rows);  // of h the first columns
+            require(left.rows == right.rows && left.dtype == right.dtype && left.cols == result.rows &&
+                        right.cols == result.cols,
+                    "outer_product: h must be (T, r), x (T, d) of its dtype, and out (r, d)");
+            py::gil_scoped_release release;
+            kernels().outer_product(left, right, result, scale, threads);
+        },
+        py::arg("h"), py::arg("x"), py::arg("out"), py::arg("scale"), py::arg("threads"),
+        py::arg("transposed") = false);
     m.def("dropout",
           [](const py::object& x, const py::object& out, double p, int64_t seed, bool accumulate, int threads) {
               Matrix source = matrix(x), target = matrix(out);

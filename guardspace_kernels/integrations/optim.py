@@ -66,22 +66,11 @@ class OptimizerGuard:
         self._optimizer = weakref.ref(optimizer)
         self._end = weakref.finalize(optimizer, self.remove)
         self._end.atexit = False
-        self._waiting = False  # whether gradients came since the last step
-        self._handles = [layer.A.register_post_accumulate_grad_hook(self._gradient_hook(layer)) for layer in layers]
+        self._handles: list[Any] = []
         self._step_mode(True)
         if _before_any_step not in _global_optimizer_pre_hooks.values():
             register_optimizer_step_pre_hook(_before_any_step)
         _active.add(self)
-
-    def _gradient_hook(self, layer: Any) -> Callable[[torch.Tensor], None]:
-        """Projects a gradient as soon as it is accumulated, so that clipping sees the projected one."""
-
-        def hook(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            layer.projector.project_(parameter.grad)
-            self._waiting = True
-
-        return hook
 
     def _step_mode(self, on: bool) -> None:
         if on:
@@ -103,12 +92,13 @@ class OptimizerGuard:
         if optimizer is not self._optimizer():
             if any(id(A) in held for A, _ in self._held):
                 self.remove()
-            elif self._waiting:
+            elif any(layer.was_trained for layer in self._layers):
                 # It may step copies of A: DeepSpeed puts an optimiser of its own, over flat copies of all parameters,
                 # in the place of the one that it is given, which then never steps.
                 self._step_mode(False)
             return
-        self._waiting = False
+        for layer in self._layers:
+            layer.was_trained = False
         lost = [
             layer
             for layer, (A, tensor) in zip(self._layers, self._held, strict=True)
@@ -170,7 +160,7 @@ def guard_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optim
     """Switches a guarded model to step mode: gradient of A projected before clipping, A projected after the step.
 
     Saves the ``4·r·d_in·k`` FLOPs of ``A P`` per layer and forward. The trajectory of ``A P`` is that of forward mode,
-    gradient clipping included, because each gradient is projected as soon as it is accumulated. While the guard is on,
+    gradient clipping included, because the backward of a layer projects its gradient. While the guard is on,
     only this optimiser may change A; saving and certifying check that. The layers return to forward mode when another
     optimiser steps A, when this one is deleted, and when a parameter is replaced: then its next step raises. From
     another optimiser's step between backward and this one's step on they are in forward mode until this one steps
@@ -243,7 +233,7 @@ class GuardedAdamW(torch.optim.Optimizer):
         ``A ← ((1 − lr·λ) A − lr / (1 − β₁ᵗ) · M / (√(V / (1 − β₂ᵗ)) + ε)) P``,
 
     all layers at once (:func:`guardspace_kernels.ops.projected_adamw_`). The trajectory is that of forward mode with
-    AdamW. Gradient clipping included: each gradient is projected as soon as it is accumulated as well, so that norms
+    AdamW. Gradient clipping included: the backward of a layer projects its gradient as well, so that norms
     taken between ``backward`` and ``step`` are those of projected gradients. P is idempotent, so the step projects
     again without asking who has.
 

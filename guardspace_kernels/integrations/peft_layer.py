@@ -18,6 +18,8 @@ from guardspace_kernels.nn import NullSpaceProjector
 from guardspace_kernels.nn.projected_lora_linear import delta_factors, has_hooks, merged_weight
 from guardspace_kernels.ops import projected_lora
 from guardspace_kernels.ops._library import full_float32_products
+from guardspace_kernels.ops.projected_lora import eager
+from guardspace_kernels.ops.projected_lora.algebra import Layer
 
 
 class GuardedLinear(LoraLinear):
@@ -44,6 +46,8 @@ class GuardedLinear(LoraLinear):
     #: What ``merge`` and ``residual="frozen"`` overwrote, in host memory.
     _unmerged: torch.Tensor | None = None
     _base_weight: torch.Tensor | None = None
+    #: In step mode: whether a forward with gradients came since the optimiser's step.
+    was_trained = False
 
     def install_guard(
         self, adapter: str, guard: LayerGuard, projector: NullSpaceProjector | None, residual: str
@@ -65,6 +69,7 @@ class GuardedLinear(LoraLinear):
         self.step_mode = False
         self.shapes = A.shape, B.shape
         self.calls_base = guard.own_forward
+        self._spare = eager.Spare()
         self.weight_is_residual = guard.frozen and residual == "frozen"
         self.register_buffer("frozen_A", A.detach().clone() if guard.frozen else None, persistent=False)
         self.register_buffer("frozen_B", B.detach().clone() if guard.frozen else None, persistent=False)
@@ -78,6 +83,10 @@ class GuardedLinear(LoraLinear):
         self._base_weight = weight.detach().to("cpu", copy=True)
         weight.copy_(weight - self._oriented(self._frozen_delta()))
         self._residual_mark = TensorMark.of(weight)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._spare = eager.Spare()  # not moved, and its memory is wanted where the layer was
+        return super()._apply(*args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -106,6 +115,7 @@ class GuardedLinear(LoraLinear):
     @step_mode.setter
     def step_mode(self, on: bool) -> None:
         self._kept_A = (self.A,) if on else None
+        self.was_trained = False
 
     @property
     def A(self) -> nn.Parameter:
@@ -307,6 +317,69 @@ class GuardedLinear(LoraLinear):
     # ---- running
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not (args or kwargs or torch.compiler.is_dynamo_compiling()):
+            y = self._eager(x)
+            if y is not None:
+                return y
+        return self._forward(x, *args, **kwargs)
+
+    def _eager(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The forward of a layer that trains or predicts in plain eager mode; None for every other case.
+
+        ``nn.Module`` finds parameters by a method call each: reading them here from the dictionaries they are in takes
+        a twentieth of that.
+        """
+        own = self.__dict__
+        if (
+            "guarded" not in own
+            or own.get("_disable_adapters")
+            or own["merged_adapters"]
+            or own["calls_base"]
+            or (own["weight_is_residual"] and own["scaling"][own["adapter"]] != own["_frozen_scale"])
+        ):
+            return None
+        modules, buffers, adapter = own["_modules"], own["_buffers"], own["adapter"]
+        base, projector = modules["base_layer"], modules.get("projector")
+        parameters = base._parameters
+        weight = parameters.get("weight")
+        if weight is None or has_hooks(base):
+            return None
+        A = modules["lora_A"]._modules[adapter]._parameters.get("weight")
+        B = modules["lora_B"]._modules[adapter]._parameters.get("weight")
+        if A is None or B is None:
+            return None
+        dropout = modules["lora_dropout"]._modules[adapter]
+        kept = own["_kept_A"]
+        projected = kept is not None and kept[0] is A
+        if projected and torch.is_grad_enabled():
+            own["was_trained"] = True
+        virtual = not own["weight_is_residual"]
+        return eager.run(
+            own["_spare"],
+            self._check_factors,
+            x,
+            A,
+            B,
+            Layer(
+                weight.t() if own["fan_in_fan_out"] else weight,
+                parameters.get("bias"),
+                None if projector is None else projector._buffers["basis"],
+                projector is None or projector.complement,
+                float(own["scaling"][adapter]),
+                buffers["frozen_A"] if virtual else None,
+                buffers["frozen_B"] if virtual else None,
+                None,
+                None,
+                projected,
+            ),
+            dropout.p if own["training"] and isinstance(dropout, nn.Dropout) else 0.0,
+        )
+
+    def _check_factors(self) -> None:
+        if self.A.shape != self.shapes[0] or self.B.shape != self.shapes[1]:
+            raise self._replaced()
+
+    def _forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self.guarded:
             raise RuntimeError("this layer has no guard yet; build the model with attach_guard(model, plan)")
         if args or (kwargs and any(value is not None for value in kwargs.values())):
@@ -330,27 +403,28 @@ class GuardedLinear(LoraLinear):
                 return base(x)
             A0, B0 = self.frozen_factors
             return projected_lora(x, self._oriented(base.weight), A0, B0, scale=self.scale, bias=base.bias)
+        self._check_factors()
         A, B = self.A, self.B
-        if A.shape != self.shapes[0] or B.shape != self.shapes[1]:
-            raise self._replaced()
+        if self.step_mode and torch.is_grad_enabled():
+            self.was_trained = True
         if hooked or self.calls_base:
             y = base(x)
             return y + self._adapter_output(x, A, B).to(y.dtype)
         dropout = self.lora_dropout[self.adapter]
         virtual = not self.weight_is_residual
-        project = self.projector is not None and (self._kept_A is None or not self.step_mode)
         return projected_lora(
             x,
             self._oriented(base.weight),
             A,
             B,
-            self.projector.basis if project and self.projector is not None else None,
+            self.projector.basis if self.projector is not None else None,
             self.projector.complement if self.projector is not None else True,
             self.scale,
             base.bias,
             self.frozen_A if virtual else None,
             self.frozen_B if virtual else None,
             dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0,
+            projected=self.step_mode,
         )
 
     def _adapter_output(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -358,8 +432,8 @@ class GuardedLinear(LoraLinear):
         rounding; without the second term where the base computes with W_res."""
         if A.is_meta or B.is_meta:
             self.check_invariant()
-        projector = None if self.step_mode else self.projector
-        h = functional.linear(self.lora_dropout[self.adapter](x), _Fold.apply(A, projector).to(x.dtype))
+        A_P = _Fold.apply(A, self.projector, self.step_mode).to(x.dtype)
+        h = functional.linear(self.lora_dropout[self.adapter](x), A_P)
         B = self.scale * B
         if self.frozen_A is not None and self.frozen_B is not None and not self.weight_is_residual:
             h = torch.cat([h, functional.linear(x, self.frozen_A.to(x.dtype))], dim=-1)
@@ -368,18 +442,21 @@ class GuardedLinear(LoraLinear):
 
 
 class _Fold(torch.autograd.Function):
-    """``A P`` in at least float32, whatever autocast or TF32 say, and its gradient ``∂A = ∂(A P) P``."""
+    """``A P`` in at least float32, whatever autocast or TF32 say, and its gradient ``∂A = ∂(A P) P``.
+
+    ``projected``: A = A P already, and only the gradient is projected.
+    """
 
     @staticmethod
-    def forward(ctx: Any, A: torch.Tensor, projector: NullSpaceProjector | None) -> torch.Tensor:
+    def forward(ctx: Any, A: torch.Tensor, projector: NullSpaceProjector | None, projected: bool) -> torch.Tensor:
         ctx.projector, ctx.dtype = projector, A.dtype
         A_P = A.to(torch.promote_types(A.dtype, torch.float32), copy=True)
-        return A_P if projector is None else projector.project_(A_P)
+        return A_P if projector is None or projected else projector.project_(A_P)
 
     @staticmethod
-    def backward(ctx: Any, dA_P: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, dA_P: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         dA = dA_P.clone()
-        return (dA if ctx.projector is None else ctx.projector.project_(dA)).to(ctx.dtype), None
+        return (dA if ctx.projector is None else ctx.projector.project_(dA)).to(ctx.dtype), None, None
 
 
 def _is_cast_of(ours: torch.Tensor, start: torch.Tensor) -> bool:

@@ -14,8 +14,8 @@ from guardspace_kernels.arguments import boolean, instance, integer, iterable, n
 from guardspace_kernels.nn.null_space_projector import FORM, NullSpaceProjector, refuse_state
 from guardspace_kernels.ops import null_project_, projected_lora
 from guardspace_kernels.ops._library import FLOATS, full_float32_products
-from guardspace_kernels.ops.projected_lora import check_layer
-from guardspace_kernels.ops.projected_lora.reference import spread
+from guardspace_kernels.ops.projected_lora import check_layer, eager
+from guardspace_kernels.ops.projected_lora.algebra import Layer, spread
 
 
 def delta_factors(
@@ -79,6 +79,10 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def _nothing() -> None:
+    """The op's own checks are all that such a layer needs."""
+
+
 class ProjectedLoraLinear(nn.Module):
     """``y = x Wᵀ + b + s·drop(x) (A P)ᵀ Bᵀ − s·x (A₀P)ᵀ B₀ᵀ`` with frozen W and b and trainable A and B.
 
@@ -125,6 +129,11 @@ class ProjectedLoraLinear(nn.Module):
         self.register_buffer("frozen_B", lora_B.detach().clone() if virtual_residual else None)
         self.scale = scale
         self.dropout = dropout
+        self._spare = eager.Spare()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._spare = eager.Spare()  # not moved, and its memory is wanted where the layer was
+        return super()._apply(*args, **kwargs)
 
     @classmethod
     def from_linear(
@@ -196,6 +205,17 @@ class ProjectedLoraLinear(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dropout = self.dropout if self.training else 0.0
+        if not torch.compiler.is_dynamo_compiling():
+            own, buffers = self.__dict__["_parameters"], self.__dict__["_buffers"]
+            projector = self.__dict__["_modules"]["projector"]
+            layer = Layer(
+                own["weight"], own.get("bias"), projector._buffers["basis"], projector.complement, self.scale,
+                buffers["frozen_A"], buffers["frozen_B"], None, self.output_sizes,
+            )  # fmt: skip
+            y = eager.run(self._spare, _nothing, x, own["lora_A"], own["lora_B"], layer, dropout)
+            if y is not None:
+                return y
         return projected_lora(
             x,
             self.weight,
@@ -207,7 +227,7 @@ class ProjectedLoraLinear(nn.Module):
             self.bias,
             self.frozen_A,
             self.frozen_B,
-            self.dropout if self.training else 0.0,
+            dropout,
             output_sizes=self.output_sizes,
         )
 

@@ -65,7 +65,7 @@ def forbid_grad(op: str, overload: Any) -> Callable[..., None]:
 def plain_eager() -> bool:
     """Whether only eager mode sees a call: no compiler, mode, transform or tangent, which need registered ops."""
     return not (
-        torch.compiler.is_compiling()
+        torch.compiler.is_dynamo_compiling()  # every other compiler traces within a dispatch mode
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()

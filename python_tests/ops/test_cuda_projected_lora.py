@@ -34,6 +34,7 @@ def form(request):
 def called(cuda_kernels, form, monkeypatch):  # noqa: F811
     """The functions that are called; the base product has the form that the test asks for."""
     monkeypatch.setattr(gpu, "library_from", lambda *_: 0 if form == "two calls" else 2**31)
+    monkeypatch.setattr(gpu, "OWN_OUTER_FROM", 0)
     names, call = [], kernels.call
 
     def counted(name, *arguments):

@@ -39,6 +39,7 @@ def form(request):
 def launched(triton_kernels, form, monkeypatch):  # noqa: F811
     """What is launched, as (kernel, variant); the base product has the form that the test asks for."""
     monkeypatch.setattr(gpu, "library_from", lambda *_: 0 if form == "two calls" else 2**31)
+    monkeypatch.setattr(gpu, "OWN_OUTER_FROM", 0)
     calls, launch = [], kernels.launch
 
     def counted(function, row, grid, arguments, **variant):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from guardspace_kernels.ops._cpu import accepts_written, extension, register, view
+from guardspace_kernels.ops._cpu import READS_TENSORS, accepts_written, extension, register, view
 from guardspace_kernels.ops._library import compute_dtype, rows, written
 from guardspace_kernels.ops.null_projection import reference
 from guardspace_kernels.ops.null_projection.reference import Projection, Update
@@ -71,7 +71,10 @@ def projected_adamw_direct(
 
 def project_into(out: torch.Tensor, g: torch.Tensor, basis: torch.Tensor, complement: bool) -> None:
     """``out ← g P`` (r, d), each in its own dtype."""
-    extension.null_project([(view(out), view(g), view(basis), complement)], torch.get_num_threads())
+    if READS_TENSORS:
+        extension.project(out, g, basis, complement, torch.get_num_threads())
+    else:
+        extension.project(view(out), view(g), view(basis), complement, torch.get_num_threads())
 
 
 def projected_adamw_(updates: list[Update]) -> None:

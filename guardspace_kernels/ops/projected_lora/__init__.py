@@ -29,16 +29,17 @@ from guardspace_kernels.ops._library import (
     require_dense,
     require_float,
     require_same_device,
+    rows,
     shape,
 )
-from guardspace_kernels.ops.projected_lora import cpu_kernels, cuda_kernels, reference  # noqa: F401  # the import registers them
+from guardspace_kernels.ops.projected_lora import algebra, aten, cpu_kernels, cuda_kernels  # noqa: F401  # they register
+from guardspace_kernels.ops.projected_lora.algebra import Dropout, Factors, Layer
 
 __all__ = ["projected_lora"]
 
 _OP = "projected_lora"
 
-dispatch.register(_OP, "reference", forward=reference.forward, backward=reference.backward)
-_triton.register(_OP, _triton.accepts, "forward", "backward")
+_triton.register(_OP, _triton.accepts, "primitives")
 
 
 def _check(
@@ -98,9 +99,24 @@ def _check(
 
 
 def _check_backward(
-    dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A_P: torch.Tensor, layer: reference.Layer, needs: list[bool]
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    A_P: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    basis: torch.Tensor | None,
+    complement: bool,
+    scale: float,
+    frozen_A: torch.Tensor | None,
+    frozen_B: torch.Tensor | None,
+    dropout: float,
+    seed: torch.Tensor | None,
+    sizes: Sequence[int] | None,
+    needs: list[bool],
+    backend: str | None,
 ) -> None:
-    weight, lora_A, lora_B, basis, _, _, frozen_A, frozen_B, dropout, seed, sizes = layer
     _check(x, weight, lora_A, lora_B, basis, None, frozen_A, frozen_B, dropout, seed, sizes)
     tokens, rows = x.shape[:-1], lora_A.shape[0]
     expected = (("dy", dy, (*tokens, weight.shape[0])), ("h", h, (*tokens, rows)), ("A_P", A_P, tuple(lora_A.shape)))
@@ -165,30 +181,30 @@ def _forward(
     dropout: float,
     seed: torch.Tensor | None,
     output_sizes: Sequence[int] | None,
+    projected: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _check(x, weight, lora_A, lora_B, basis, bias, frozen_A, frozen_B, dropout, seed, output_sizes)
-    run = dispatch.resolve(_OP, "forward", x, weight, lora_A, lora_B, basis)
-    layer = reference.Layer(
-        weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed, output_sizes
+    primitives = dispatch.resolve(_OP, "primitives", x, weight, lora_A, lora_B, basis)()
+    layer = Layer(
+        weight, bias, basis, complement, scale, frozen_A, frozen_B, _dropout(dropout, seed), output_sizes, projected
     )
-    return run(x, bias, layer)
+    factors = Factors(lora_A, lora_B, layer, x.dtype)
+    algebra.form(primitives, factors, lora_A, lora_B, layer)
+    y, h = algebra.forward(primitives, rows(x), factors, layer)
+    tokens, r = x.shape[:-1], factors.rank
+    if len(factors.down) > r:
+        return y.view(*tokens, y.shape[1]), h[:, :r].contiguous().view(*tokens, r), factors.A_P.clone()
+    return y.view(*tokens, y.shape[1]), h.view(*tokens, r), factors.down
+
+
+def _dropout(p: float, seed: torch.Tensor | None) -> Dropout | None:
+    return None if p == 0.0 or seed is None else Dropout(p, seed)
 
 
 def _forward_fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    basis: torch.Tensor | None,
-    complement: bool,
-    scale: float,
-    bias: torch.Tensor | None,
-    frozen_A: torch.Tensor | None,
-    frozen_B: torch.Tensor | None,
-    dropout: float,
-    seed: torch.Tensor | None,
-    output_sizes: Sequence[int] | None,
+    x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    lora_B, basis, _complement, _scale, bias, frozen_A, frozen_B, dropout, seed, output_sizes = rest[:10]
     _check(x, weight, lora_A, lora_B, basis, bias, frozen_A, frozen_B, dropout, seed, output_sizes)
     tokens = x.shape[:-1]
     return (
@@ -201,22 +217,23 @@ def _forward_fake(
 def _backward(
     dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A_P: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    *arguments, needs, backend = rest
-    layer = reference.Layer(*arguments)
-    _check_backward(dy, x, h, A_P, layer, needs)
-    run = dispatch.resolve(_OP, "backward", x, layer.weight, layer.lora_A, layer.lora_B, layer.basis, backend=backend)
-    return run(dy, x, h, A_P, layer, needs)
+    _check_backward(dy, x, h, A_P, *rest)
+    weight, A, B, basis, complement, scale, frozen_A, frozen_B, dropout, seed, sizes, needs, backend = rest
+    primitives = dispatch.resolve(_OP, "primitives", x, weight, A, B, basis, backend=backend)()
+    layer = Layer(weight, None, basis, complement, scale, frozen_A, frozen_B, _dropout(dropout, seed), sizes)
+    factors = Factors(A, B, layer, x.dtype)
+    algebra.form(primitives, factors, A_P, B, layer._replace(basis=None))
+    found = algebra.backward(primitives, rows(dy), rows(x), rows(h), factors, A, B, layer, needs)
+    dx, dA, dB = (dy.new_empty(0) if grad is None else grad.contiguous() for grad in found)
+    return dx.view(x.shape) if needs[0] else dx, dA, dB
 
 
 def _backward_fake(
     dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A_P: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    *arguments, needs, _backend = rest
-    layer = reference.Layer(*arguments)
-    _check_backward(dy, x, h, A_P, layer, needs)
+    _check_backward(dy, x, h, A_P, *rest)
     dx, dA, dB = (
-        t.new_empty(t.shape) if needed else dy.new_empty(0)
-        for t, needed in zip((x, layer.lora_A, layer.lora_B), needs, strict=True)
+        t.new_empty(t.shape) if needed else dy.new_empty(0) for t, needed in zip((x, *rest[1:3]), rest[-2], strict=True)
     )
     return dx, dA, dB
 
@@ -224,7 +241,7 @@ def _backward_fake(
 _TAIL = "Tensor? frozen_A, Tensor? frozen_B, float dropout, Tensor? seed, int[]? output_sizes"
 define(
     "projected_lora_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? basis, bool complement, "
-    f"float scale, Tensor? bias, {_TAIL}) -> (Tensor y, Tensor h, Tensor A_P)",
+    f"float scale, Tensor? bias, {_TAIL}, bool projected=False) -> (Tensor y, Tensor h, Tensor A_P)",
     _forward,
     _forward_fake,
 )
@@ -246,7 +263,7 @@ class _ProjectedLora(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             y, h, A_P = _forward_op(*arguments)
-        x, weight, lora_A, lora_B, basis, complement, scale, _bias, frozen_A, frozen_B, dropout, seed, sizes = arguments
+        x, weight, lora_A, lora_B, basis, complement, scale, _, frozen_A, frozen_B, dropout, seed, sizes, *_ = arguments
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(h, A_P)
         ctx.save_for_backward(x, h, A_P, weight, lora_A, lora_B, basis, frozen_A, frozen_B, seed)
@@ -257,7 +274,7 @@ class _ProjectedLora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        nothing = (None,) * 13
+        nothing = (None,) * 14
         if dy is None:
             return nothing
         x, h, A_P, weight, lora_A, lora_B, basis, frozen_A, frozen_B, seed = ctx.saved_tensors
@@ -317,17 +334,19 @@ def _composite(
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
     output_sizes: Sequence[int] | None = None,
+    projected: bool = False,
 ) -> torch.Tensor:
     y, _h, _A_P = _forward_op(
-        x, weight, lora_A, lora_B, basis, complement, scale, bias, frozen_A, frozen_B, dropout, seed, output_sizes
-    )
+        x, weight, lora_A, lora_B, basis, complement, scale, bias, frozen_A, frozen_B, dropout, seed, output_sizes,
+        projected,
+    )  # fmt: skip
     return y
 
 
 LIBRARY.define(
     "projected_lora(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? basis=None, bool complement=True, "
     "float scale=1.0, Tensor? bias=None, Tensor? frozen_A=None, Tensor? frozen_B=None, float dropout=0.0, "
-    "Tensor? seed=None, int[]? output_sizes=None) -> Tensor",
+    "Tensor? seed=None, int[]? output_sizes=None, bool projected=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.impl("projected_lora", _composite, "CompositeImplicitAutograd")
@@ -369,6 +388,7 @@ def projected_lora(
     dropout: float = 0.0,
     seed: int | torch.Tensor | None = None,
     output_sizes: Sequence[int] | None = None,
+    projected: bool = False,
 ) -> torch.Tensor:
     """A frozen linear layer plus a LoRA adapter that cannot act outside the null space.
 
@@ -395,6 +415,8 @@ def projected_lora(
         output_sizes: for layers that read one input (q, k and v, say) as one: the d_out of each. Their weights, biases,
             lora_A and lora_B are then stacked by rows, (Σ d_out, d_in), (parts · r, d_in) and (Σ d_out, r), and so is
             y by columns; each part has the rank r and an adapter of its own.
+        projected: lora_A is known to satisfy A = A P, which an optimiser keeps: A P is not formed, and only the
+            gradient of A is projected.
 
     Returns:
         y (..., d_out) in the dtype of x.
@@ -407,8 +429,9 @@ def projected_lora(
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{_OP}: x must be a tensor, got {type(x).__name__}")
-    if complement is not True and complement is not False:
-        raise TypeError(f"{_OP}: complement must be True or False, got {shown(complement)}")
+    for name, flag in (("complement", complement), ("projected", projected)):
+        if flag is not True and flag is not False:
+            raise TypeError(f"{_OP}: {name} must be True or False, got {shown(flag)}")
     if dropout and seed is None:
         seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
     elif isinstance(seed, int):
@@ -417,5 +440,6 @@ def projected_lora(
     compiled = torch.compiler.is_compiling()
     run = _op if compiled or torch.is_autocast_enabled(x.device.type) else _composite
     return run(
-        x, weight, lora_A, lora_B, basis, complement, scale, bias, frozen_A, frozen_B, dropout, seed, output_sizes
-    )
+        x, weight, lora_A, lora_B, basis, complement, scale, bias, frozen_A, frozen_B, dropout, seed, output_sizes,
+        projected,
+    )  # fmt: skip

@@ -12,7 +12,8 @@ from guardspace_kernels.ops._cuda import call, dtype_of, packed, workspace
 from guardspace_kernels.ops._library import unit_inner
 from guardspace_kernels.ops._triton import target
 from guardspace_kernels.ops.null_projection.cuda_kernels import project
-from guardspace_kernels.ops.projected_lora import gpu, reference
+from guardspace_kernels.ops.projected_lora import gpu
+from guardspace_kernels.ops.projected_lora.algebra import Primitives
 from guardspace_kernels.ops.projected_lora.gpu import Dropout, dropout_of
 
 _LIBRARY_ALWAYS = "sm90"  # in float32 too the library was 1.25 times as fast as these kernels on an H100
@@ -37,8 +38,8 @@ def _linear(
     dropout = dropout or dropout_of(0.0, None, x.device)
     (T, K), N = x.shape, weight.shape[0]
     if gpu.library_from(x.dtype, T, chip := target(x.device) or "sm80") <= K or chip == _LIBRARY_ALWAYS:
-        return gpu.by_library(partial(_tiles, add=True), x, weight, bias, h, up, dropped, dropout)
-    return _tiles(x, weight, bias, h, up, x.new_empty((T, N)), dropped, dropout)
+        return gpu.by_library(partial(_tiles, add=True), x, weight, bias, unit_inner(h), up, dropped, dropout)
+    return _tiles(x, weight, bias, unit_inner(h), unit_inner(up), x.new_empty((T, N)), dropped, dropout)
 
 
 def _tiles(
@@ -94,15 +95,16 @@ def _one_pass(grad: torch.Tensor, r: int) -> bool:
     return grad.dtype != torch.float32 and 8 * r < 2 * _BLOCK_T
 
 
-def _fold(A: torch.Tensor, basis: torch.Tensor | None, complement: bool, dtype: torch.dtype) -> torch.Tensor:
-    if basis is None:
-        return reference.fold(A, basis, complement, dtype)
-    A_P = A.new_empty(A.shape, dtype=dtype)
-    project([(unit_inner(A), A_P, basis, complement)])
-    return A_P
+def _fold(A: torch.Tensor, basis: torch.Tensor, complement: bool, out: torch.Tensor) -> None:
+    project([(unit_inner(A), out, basis, complement)])
 
 
 _PASSES = gpu.Passes(_linear, _down, _outer, _fold, _one_pass)
-forward, backward = partial(gpu.forward, _PASSES), partial(gpu.backward, _PASSES)
+_PRIMITIVES = gpu.primitives(_PASSES)
 
-_cuda.register("projected_lora", accepts, forward=forward, backward=backward)
+
+def primitives() -> Primitives:
+    return _PRIMITIVES
+
+
+_cuda.register("projected_lora", accepts, primitives=primitives)

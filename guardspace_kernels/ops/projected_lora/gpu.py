@@ -1,4 +1,4 @@
-"""Projected LoRA on a GPU: forward and backward in a few passes over x and dy, which each backend brings.
+"""Projected LoRA on a GPU: what the Triton and CUDA kernels have in common, and where PyTorch's products are taken.
 
 Dropout keeps an entry by a word of Philox whose counter is the entry's place and whose key is the seed, which the
 kernels read on the device: forward and both gradients find the same mask, and nothing waits for the device.
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from guardspace_kernels.ops._library import rows, unit_inner
-from guardspace_kernels.ops.projected_lora import reference
+from guardspace_kernels.ops._library import unit_inner
+from guardspace_kernels.ops.projected_lora import algebra
+from guardspace_kernels.ops.projected_lora.algebra import Primitives
 
 FEW = 64  # tokens: fewer do not fill a tile, and the library splits K for them
 
@@ -42,17 +42,75 @@ def dropout_of(p: float, seed: torch.Tensor | None, device: torch.device) -> Dro
 class Passes:
     """What a backend does.
 
-    ``linear(x, weight, bias, h, up, dropped=0, dropout=None)`` is ``x Wᵀ + bias + h up``, with dropout's mask and
+    ``linear(x, weight, bias, h, up, dropped, dropout)`` is ``x Wᵀ + bias + h up``, with dropout's mask and
     factor on what the first ``dropped`` rows of up add. ``down(x, w, dropout, h=None)`` is ``drop(x) wᵀ`` in x's dtype
-    and, given h and without dropout, ``hᵀ x`` in float32. ``outer(e, x, dropout=None)`` is ``eᵀ drop(x)`` in float32,
-    ``fold(A, basis, complement, dtype)`` is ``A P``, and ``one_pass(dy, r)`` says whether ``down`` forms dh and dB.
+    and, given h and without dropout, ``hᵀ x`` in float32. ``outer(e, x, dropout)`` is ``eᵀ drop(x)`` in float32,
+    ``fold(A, basis, complement, out)`` writes ``A P``, and ``one_pass(dy, r)`` says whether ``down`` forms dh and dB.
     """
 
     linear: Callable[..., torch.Tensor]
     down: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     outer: Callable[..., torch.Tensor]
-    fold: Callable[..., torch.Tensor]
+    fold: Callable[..., None]
     one_pass: Callable[[torch.Tensor, int], bool]
+
+
+# Of tokens: below it the host limits a layer, and PyTorch's product takes less of it than a launch of ours.
+OWN_OUTER_FROM = 4096
+
+
+def primitives(passes: Passes) -> Primitives:
+    """A backend's passes as what the algebra is made of."""
+
+    def linear(
+        x: torch.Tensor,
+        M: torch.Tensor,
+        bias: torch.Tensor | None,
+        h: torch.Tensor,
+        N: torch.Tensor,
+        dropped: int = 0,
+        dropout: algebra.Dropout | None = None,
+    ) -> torch.Tensor:
+        return passes.linear(unit_inner(x), M.t(), bias, h, N, dropped, on_device(dropout, x.device))
+
+    def down(x: torch.Tensor, M: torch.Tensor, dropout: algebra.Dropout | None = None) -> torch.Tensor:
+        if dropout is None:
+            return torch.mm(x, M)
+        return passes.down(unit_inner(x), unit_inner(M.t()), on_device(dropout, x.device))[0]
+
+    def outer(
+        e: torch.Tensor,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        scale: float,
+        dropout: algebra.Dropout | None = None,
+        transposed: bool = False,
+    ) -> None:
+        e = e[:, : out.size(int(transposed))]
+        if dropout is None and len(x) < OWN_OUTER_FROM and out.dtype is x.dtype:
+            left, right = (x, e) if transposed else (e, x)
+            out.addmm_(left.t(), right, beta=0, alpha=scale)  # one launch, which does not read what is there
+            return
+        if dropout is None and len(x) < OWN_OUTER_FROM:
+            product = torch.mm(x.t(), e) if transposed else torch.mm(e.t(), x)
+        else:
+            product = passes.outer(unit_inner(e), unit_inner(x), on_device(dropout, x.device))
+            product = product.t() if transposed else product
+        if scale == 1.0:
+            out.copy_(product)
+        else:
+            torch.mul(product, scale, out=out)
+
+    def down_outer(x: torch.Tensor, M: torch.Tensor, e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if len(x) < OWN_OUTER_FROM or not passes.one_pass(x, e.shape[1]):
+            return None
+        return passes.down(unit_inner(x), unit_inner(M.t()), on_device(None, x.device), unit_inner(e))
+
+    return Primitives(linear, down, outer, lambda *arguments: passes.fold(*arguments), down_outer)
+
+
+def on_device(dropout: algebra.Dropout | None, device: torch.device) -> Dropout:
+    return dropout_of(0.0, None, device) if dropout is None else dropout_of(dropout.p, dropout.seed, device)
 
 
 def library_from(dtype: torch.dtype, tokens: int, chip: str) -> int:
@@ -89,71 +147,11 @@ def by_library(
     dropped: int,
     dropout: Dropout,
 ) -> torch.Tensor:
-    """``x Wᵀ + bias + h up`` by PyTorch's products; what dropout applies to is added to y by ``tiles(…, y, …)``."""
-    y = F.linear(x, weight, bias)
+    """``x Wᵀ + bias + h up`` by PyTorch's products; what dropout applies to is added to y by ``tiles``."""
+    y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+    if not dropped:
+        return y.addmm_(h, up)
     if dropped < len(up):
         y.addmm_(h[:, dropped:], up[dropped:])
-    if dropped:
-        tiles(x[:, :0], weight[:, :0], None, h[:, :dropped], up[:dropped], y, dropped, dropout)
+    tiles(x[:, :0], weight[:, :0], None, h[:, :dropped], unit_inner(up[:dropped]), y, dropped, dropout)
     return y
-
-
-def _rows_of_up(scale: float, lora_B: torch.Tensor, layer: reference.Layer) -> torch.Tensor:
-    """``(scale · B)ᵀ`` (r, d_out) in the dtype of x: with contiguous rows it serves ``h up`` and ``dy upᵀ``."""
-    B = reference.spread(lora_B, layer.output_sizes)
-    return torch.mul(B.T, scale, out=B.new_empty(B.T.shape, dtype=layer.weight.dtype))
-
-
-def forward(
-    passes: Passes, x: torch.Tensor, bias: torch.Tensor | None, layer: reference.Layer
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed, _ = layer
-    tokens, r, dtype = unit_inner(rows(x)), lora_A.shape[0], x.dtype
-    A_P = passes.fold(lora_A, basis, complement, dtype)
-    down, up = A_P, _rows_of_up(scale, lora_B, layer)
-    if frozen_A is not None and frozen_B is not None:
-        down = torch.cat([A_P, frozen_A.to(dtype)])
-        up = torch.cat([up, _rows_of_up(-scale, frozen_B, layer)])
-    if dropout == 0.0:
-        h = F.linear(tokens, down)
-    else:  # the frozen pair, if there is one, takes x as it is
-        h, _ = passes.down(tokens, A_P, dropout_of(dropout, seed, x.device))
-        if len(down) > r:
-            h = torch.cat([h, F.linear(tokens, down[r:])], dim=1)
-    y = passes.linear(tokens, weight, bias, h, up)
-    shape = x.shape[:-1]
-    return y.view(*shape, y.shape[1]), h[:, :r].contiguous().view(*shape, r), A_P
-
-
-def backward(
-    passes: Passes,
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    h: torch.Tensor,
-    A_P: torch.Tensor,
-    layer: reference.Layer,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    weight, lora_A, lora_B, basis, complement, scale, frozen_A, frozen_B, dropout, seed, sizes = layer
-    grad, h, A_P, r = unit_inner(rows(dy)), unit_inner(rows(h)), unit_inner(A_P), lora_A.shape[0]
-    drop = dropout_of(dropout, seed, x.device)
-    needs_x, needs_A, needs_B = needs
-    dx, dA, dB, dh = (dy.new_empty(0) for _ in range(4))
-    up, down = A_P, _rows_of_up(scale, lora_B, layer)
-    if needs_x and frozen_A is not None and frozen_B is not None:
-        up = torch.cat([A_P, frozen_A.to(x.dtype)])
-        down = torch.cat([down, _rows_of_up(-scale, frozen_B, layer)])
-    if needs_B and (needs_x or needs_A) and passes.one_pass(grad, r):
-        dh, dB = passes.down(grad, down, dropout_of(0.0, None, x.device), h)
-    else:
-        if needs_x or needs_A:
-            dh = F.linear(grad, down)
-        if needs_B:
-            dB = passes.outer(h, grad)
-    if needs_x:
-        dx = passes.linear(grad, weight.T, None, dh, up, r if dropout else 0, drop).view(x.shape)
-    if needs_A:
-        dA = passes.fold(passes.outer(dh[:, :r], unit_inner(rows(x)), drop), basis, complement, lora_A.dtype)
-    if needs_B:
-        dB = torch.mul(reference.gather(dB.T, sizes), scale, out=lora_B.new_empty(lora_B.shape))
-    return dx, dA, dB

@@ -16,7 +16,8 @@ from guardspace_kernels.ops._triton import target
 from guardspace_kernels.ops._triton_launch import blocks, choose, launch
 from guardspace_kernels.ops._triton_table import Row, rows_for
 from guardspace_kernels.ops.null_projection.triton_kernels import project
-from guardspace_kernels.ops.projected_lora import gpu, reference
+from guardspace_kernels.ops.projected_lora import gpu
+from guardspace_kernels.ops.projected_lora.algebra import Primitives
 from guardspace_kernels.ops.projected_lora.gpu import Dropout, dropout_of
 
 _PROGRAMS = 256  # about two for each multiprocessor of a large chip
@@ -173,8 +174,9 @@ def _linear(
 
     def form(row: Row) -> torch.Tensor:
         if row.constants:
-            return _tiles(row, x, weight, bias, h, up, x.new_empty((T, N)), dropped, dropout)
-        return gpu.by_library(update, x, weight, bias, h, up, dropped, dropout)
+            y = x.new_empty((T, N))
+            return _tiles(row, x, weight, bias, unit_inner(h), unit_inner(up), y, dropped, dropout)
+        return gpu.by_library(update, x, weight, bias, unit_inner(h), up, dropped, dropout)
 
     library = Row(kernel, (chip,), {}, warps=0, stages=0, least=(gpu.library_from(x.dtype, T, chip),))
     return form(choose(kernel, x.device, (K, tiles, T), form, (library, *rows_for(kernel, chip))))
@@ -253,13 +255,13 @@ def _one_pass(grad: torch.Tensor, r: int) -> bool:
     return grad.dtype != torch.float32 and 8 * r < 2 * choose("projected_lora.down", grad.device).constants["BLOCK_T"]
 
 
-def _fold(A: torch.Tensor, basis: torch.Tensor | None, complement: bool, dtype: torch.dtype) -> torch.Tensor:
-    if basis is None:
-        return reference.fold(A, basis, complement, dtype)
-    A_P = A.new_empty(A.shape, dtype=dtype)
-    project([(unit_inner(A), A_P, basis, complement)])
-    return A_P
+def _fold(A: torch.Tensor, basis: torch.Tensor, complement: bool, out: torch.Tensor) -> None:
+    project([(unit_inner(A), out, basis, complement)])
 
 
 _PASSES = gpu.Passes(_linear, _down, _outer, _fold, _one_pass)
-forward, backward = partial(gpu.forward, _PASSES), partial(gpu.backward, _PASSES)
+_PRIMITIVES = gpu.primitives(_PASSES)
+
+
+def primitives() -> Primitives:
+    return _PRIMITIVES
