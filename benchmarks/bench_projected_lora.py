@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from guardspace_kernels.ops import projected_lora
+from guardspace_kernels.ops.projected_lora import eager
+from guardspace_kernels.ops.projected_lora.algebra import Layer
 
 from . import baselines
 from .timing import Case, Contestant, label, pytest_case, saved_bytes
@@ -100,6 +102,18 @@ CONTESTANTS = (
 _compiled = torch.compile(baselines.folded, dynamic=True)
 
 
+def _guarded(Q: Tensor, virtual: bool = True) -> Callable[..., Tensor]:
+    """A layer of ``attach_guard`` as eager mode runs it, with its standing buffers."""
+    spare = eager.Spare()
+
+    def layer(x: Tensor, W: Tensor, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> Tensor:
+        A0, B0 = (A0, B0) if virtual else (None, None)
+        y = eager.run(spare, lambda: None, x, A, B, Layer(W, None, Q, True, SCALE, A0, B0))
+        return projected_lora(x, W, A, B, Q, True, SCALE, None, A0, B0) if y is None else y
+
+    return layer
+
+
 def ways(Q: Tensor, dtype: torch.dtype) -> dict[str, Way]:
     s, f32, guarded = SCALE, torch.float32, ("adapter", "fold")
     P, Q_x = baselines.dense_projector(Q, dtype), Q.to(dtype)
@@ -110,11 +124,11 @@ def ways(Q: Tensor, dtype: torch.dtype) -> dict[str, Way]:
     }
     return {
         "ours": Way(
-            lambda x, W, A, B, A0, B0: projected_lora(x, W, A, B, Q, True, s, None, A0, B0),
+            _guarded(Q),
             f32, "virtual", (*guarded, "frozen_pair"), (Q,),
         ),
         "ours, frozen residual": Way(
-            lambda x, W, A, B, *_: projected_lora(x, W, A, B, Q, True, s), f32, "guarded", guarded, (Q,)
+            _guarded(Q, virtual=False), f32, "guarded", guarded, (Q,)
         ),
         **{name: Way(layer, f32, "guarded", guarded, (Q,)) for name, layer in folded.items()},
         "low-rank P per token": Way(

@@ -9,7 +9,7 @@ from benchmarks import baselines, bench_covariance, bench_null_projection, bench
 from benchmarks.timing import saved_bytes
 from guardspace_kernels.ops.covariance import reference as covariance_reference
 from guardspace_kernels.ops.null_projection import reference as projection_reference
-from guardspace_kernels.ops.projected_lora import reference as lora_reference
+from guardspace_kernels.ops.projected_lora import algebra, aten
 
 T, D_IN, D_OUT, R = 14, 24, 20, 4
 K = bench_projected_lora.protected_dims(D_IN)
@@ -40,11 +40,13 @@ def test_flops_of_the_reference_are_those_of_the_formula(virtual):
     Q = torch.linalg.qr(torch.randn(D_IN, K))[0]
     frozen = (torch.randn(R, D_IN), torch.randn(D_OUT, R)) if virtual else (None, None)
 
-    layer = lora_reference.Layer(W, A, B, Q, True, 2.0, *frozen, 0.0, None)
+    layer = algebra.Layer(W, None, Q, True, 2.0, *frozen)
 
     def run():
-        y, h, A_P = lora_reference.forward(x, None, layer)
-        lora_reference.backward(y, x, h, A_P, layer, [True] * 3)
+        factors = algebra.Factors(A, B, layer, x.dtype)
+        algebra.form(aten.primitives(), factors, A, B, layer)
+        y, h = algebra.forward(aten.primitives(), x, factors, layer)
+        algebra.backward(aten.primitives(), y, x, h, factors, A, B, layer, [True] * 3)
 
     assert counted(run) == lora_case().contestants["ours" if virtual else "ours, frozen residual"].flops
 
