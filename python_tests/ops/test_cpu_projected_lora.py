@@ -154,13 +154,14 @@ def test_whose_base_product_it_is_follows_the_rule(monkeypatch):
             return cpu_kernels.uses_own_product(dtype, tokens, d_in, d_out)
 
         for dtype in wide:
-            assert [ours(dtype, tokens) for tokens in (1, 127, 128, 4096)] == [False, False, True, True]
-            assert not ours(dtype, 4096, d_out=255) and ours(dtype, 4096, 4096, 4096)
+            assert [ours(dtype, tokens, 576, 1536) for tokens in (1, 341, 342, 4096)] == [False, False, True, True]
+            assert ours(dtype, 4096, 4096, 4096) and not ours(dtype, 4096, 1536, 1024) and not ours(dtype, 4096)
         assert all(ours(torch.float16, tokens, d_out=d_out) for tokens in (1, 4096) for d_out in (1, 4096))
         assert [ours(torch.bfloat16, tokens) for tokens in (31, 32, 127, 128)] == (
-            [False, True, True, True] if native else [False, False, False, True]
+            [False, True, True, False] if native else [False, False, False, True]
         )
         assert ours(torch.bfloat16, 4096, 576, 1536) == (not native) == ours(torch.bfloat16, 4096, d_out=255)
+        assert ours(torch.bfloat16, 64, d_out=16) is False
 
 
 @pytest.mark.parametrize("adapter", DTYPES, ids=str)
