@@ -193,6 +193,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 def _by_the_op(
     dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, factors: Standing, ctx: Any, needs: Sequence[bool]
 ) -> list[torch.Tensor | None]:
+    """Gradients by the registered op, which takes a batch of them apart. B is read anew."""
     layer, rank = ctx.layer, factors.rank
     p, seed = layer.dropout or (0.0, None)
     found = torch.ops.guardspace.projected_lora_backward(
