@@ -82,7 +82,7 @@ def _sections(title: str, text: str) -> dict[str, str]:
 
 def _name(function: str) -> str:
     """projected_lora.outer<bf16, 64>, of a mangled name."""
-    op = re.search(r"_\d+_(\w+?)_cu_", function)[1]  # type: ignore[index]
+    op = re.search(r"_\d+_([a-z]\w*?)_cu_", function)[1]  # type: ignore[index]
     text = subprocess.run(["c++filt", function], capture_output=True, text=True, check=True).stdout
     kernel = re.search(r"::(\w+(?:<.*?>)?)\(", text.replace("(anonymous namespace)", ""))[1]  # type: ignore[index]
     for ours, theirs in {

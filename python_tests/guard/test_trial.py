@@ -8,7 +8,7 @@ from test_statistics import check_equal
 from torch import nn
 
 import guardspace_kernels as gk
-from guardspace_kernels.guard import certificate
+from guardspace_kernels.guard import heldout
 from guardspace_kernels.guard.collection import plan_collection
 
 ANSWERS = ([2, 8, 7], [2, 4, 4, 9, 3, 5], [2, 9], [2, 6, 3], [2, 3, 9, 4])
@@ -392,7 +392,7 @@ def test_held_out_prompts_are_run_as_they_are_alone(monkeypatch):
     model = offset_positions("opt")
     stats = collect(model)
     guarded = perturb(gk.attach_guard(model, plan_for(model, stats, protect=0.3)))
-    passed, forward = [], certificate.Trial.forward
+    passed, forward = [], heldout.Trial.forward
 
     def watched(self, batch, index, logits=None):
         handle = self.model.register_forward_pre_hook(
@@ -402,6 +402,6 @@ def test_held_out_prompts_are_run_as_they_are_alone(monkeypatch):
         handle.remove()
         return result
 
-    monkeypatch.setattr(certificate.Trial, "forward", watched)
+    monkeypatch.setattr(heldout.Trial, "forward", watched)
     report = gk.certify(guarded, stats, heldout=[batch_of(side="left")], answer_tokens=3)
     assert report.heldout.kl > 0 and len(passed) == 2
