@@ -109,11 +109,13 @@ def calls(run: Run) -> dict[str, float]:
             found["python"] += 1
             found["kernels"] += event == "c_call" and argument.__module__ == "guardspace_kernels._cpu"
 
+    gc.disable()  # its callbacks are nobody's calls
     sys.setprofile(count)
     try:
         run()
     finally:
         sys.setprofile(None)
+        gc.enable()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would write to stderr whenever it starts and stops
     # No dispatch mode: under one, layers leave their eager path.
     with torch.autograd.profiler.profile(record_shapes=True) as profiled:
