@@ -94,8 +94,7 @@ class Row:
     evaluation: Evaluation | None
     steps: int = 0
     loss: float | None = None
-    train_seconds: float = 0.0
-    step_seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -236,13 +235,12 @@ class _Experiment:
         config = peft.LoraConfig(r=s.rank, lora_alpha=s.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         return peft.get_peft_model(base, config)
 
-    def train(
-        self, model: torch.nn.Module, examples: list[Example], description: str, snapshot_at: float | None = None
-    ) -> TrainingRun:
+    def train(self, models: list[torch.nn.Module], examples: list[Example], description: str) -> list[TrainingRun]:
+        """Train models in turn; of the last one the adapters at its lowest losses are kept."""
         s = self.settings
         with self.phase("train"):
             return train(
-                model,
+                models,
                 examples,
                 steps=s.steps,
                 batch_size=s.batch_size,
@@ -250,7 +248,7 @@ class _Experiment:
                 pad=self.pad,
                 seed=self.seed,
                 description=description,
-                snapshot_at=snapshot_at,
+                keep=models[-1:],
             )
 
     def evaluate_merged(self, model: Any, description: str) -> Evaluation:
@@ -290,29 +288,24 @@ def _compare(
 ) -> None:
     """Train GuardSpace and plain LoRA on one task and append their rows; `inspect` sees both trained models."""
     examples = run.examples(task)
-
-    def fit(guarded: bool, label: str, snapshot_at: float | None = None) -> tuple[TrainingRun, Row]:
-        model = run.build(guarded)
-        trained = run.train(model, examples, f"{name}: train {label}", snapshot_at)
+    models = {label: run.build(label == GUARDED) for label in (GUARDED, PLAIN)}
+    guard_run, plain_run = runs = run.train([*models.values()], examples, f"{name}: train {' and '.join(models)}")
+    fitted = {}
+    for label, trained in zip([*models], runs, strict=True):
+        model = models.pop(label)
         if inspect:
-            inspect(guarded, model)
+            inspect(label == GUARDED, model)
         evaluation = run.evaluate_merged(model, f"{name}: test {label}")
-        times = trained.seconds, trained.step_seconds
-        return trained, Row(task, label, evaluation, len(trained.losses), trained.smoothed(), *times)
-
-    # GuardSpace goes first: its final loss is where plain LoRA's early-stopped copy is taken.
-    guard_run, guard_row = fit(True, GUARDED)
-    plain_run, plain_row = fit(False, PLAIN, snapshot_at=guard_run.smoothed())
+        fitted[label] = Row(task, label, evaluation, len(trained.losses), trained.smoothed(), trained.seconds)
     stopped = Row(task, STOPPED, None)
-    if plain_run.snapshot is not None and plain_run.snapshot_step is not None:
-        stopped.steps = plain_run.snapshot_step
-        stopped.loss = TrainingRun(plain_run.losses[: stopped.steps]).smoothed()
-        stopped.evaluation = plain_row.evaluation
-        if stopped.steps != plain_row.steps:
+    if reached := plain_run.reached(guard_run.smoothed()):
+        stopped.steps, state = reached
+        stopped.loss, stopped.evaluation = plain_run.smoothed(stopped.steps), fitted[PLAIN].evaluation
+        if stopped.steps != fitted[PLAIN].steps:
             model = run.build(False)
-            load_adapter_state(model, plain_run.snapshot)
+            load_adapter_state(model, state)
             stopped.evaluation = run.evaluate_merged(model, f"{name}: test LoRA, same loss")
-    rows += [plain_row, stopped, guard_row]
+    rows += [fitted[PLAIN], stopped, fitted[GUARDED]]
 
 
 def run_demo(out_dir: str | Path, quick: bool = False, seed: int = 0) -> DemoResult:

@@ -194,7 +194,7 @@ def aligned_model(data: DemoData, recipe: AlignmentRecipe) -> Path:
         model, LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     )
     train(
-        peft_model,
+        [peft_model],
         harmful + harmless,
         steps=recipe.steps,
         batch_size=recipe.batch_size,

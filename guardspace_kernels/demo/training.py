@@ -6,8 +6,6 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from statistics import median
 from typing import Any
 
 import torch
@@ -18,21 +16,25 @@ from tqdm.auto import tqdm
 Example = tuple[list[int], list[int]]  # token ids of the prompt, token ids of the answer (with its end token)
 AdapterState = dict[str, Tensor]
 
+_WINDOW = 5  # losses in a running mean
+
 
 @dataclass
 class TrainingRun:
-    """What one fine-tuning run did: losses in nats per answer token, and seconds of all steps and of the median one."""
+    """What one fine-tuning run did: losses in nats per answer token, and the seconds of each step."""
 
     losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    step_seconds: float = 0.0
-    snapshot_step: int | None = None
-    snapshot: AdapterState | None = None
+    seconds: list[float] = field(default_factory=list)
+    lowest: list[tuple[int, AdapterState]] = field(default_factory=list)
 
-    def smoothed(self, window: int = 5) -> float:
-        """Mean of the last `window` losses."""
-        last = self.losses[-window:]
+    def smoothed(self, steps: int | None = None) -> float:
+        """Mean of the last five losses, of the whole run or of its first `steps` steps."""
+        last = self.losses[:steps][-_WINDOW:]
         return sum(last) / len(last)
+
+    def reached(self, loss: float) -> tuple[int, AdapterState] | None:
+        """The first of the steps in `lowest` after which the mean of the last five losses was `loss` or less."""
+        return next(((step, state) for step, state in self.lowest if self.smoothed(step) <= loss), None)
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
@@ -108,7 +110,7 @@ def load_adapter_state(model: nn.Module, state: AdapterState) -> None:
 
 
 def train(
-    model: nn.Module,
+    models: Sequence[nn.Module],
     examples: Sequence[Example],
     *,
     steps: int,
@@ -118,37 +120,53 @@ def train(
     seed: int,
     description: str,
     warmup: int = 4,
-    window: int = 5,
-    snapshot_at: float | None = None,
-) -> TrainingRun:
-    """Train the parameters that require a gradient with AdamW (no weight decay), clipping at norm 1.
+    keep: Sequence[nn.Module] = (),
+) -> list[TrainingRun]:
+    """Train what requires a gradient in each model with AdamW (no weight decay), clipping at norm 1.
 
-    The learning rate rises over `warmup` steps and falls linearly to a tenth. With `snapshot_at` the adapter is copied
-    when the mean of the last `window` losses first reaches that value.
+    The models take turns at each batch, and the first one changes: a machine's speed changes by a quarter within a
+    minute, so that only steps next to each other can be compared. The learning rate rises over `warmup` steps and falls
+    linearly to a tenth. Of the models in `keep` the adapter is copied at every step after which the mean of the last
+    five losses is the lowest so far.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     batches = _batches(examples, batch_size, random.Random(seed))
-    run, times = TrainingRun(), [time.perf_counter()]
-    model.train()
+    trainings = [_Training(model) for model in models]
     with tqdm(range(steps), desc=description, unit="step") as bar:
         for step in bar:
-            factor = min(1.0, (step + 1) / warmup) * (1 - 0.9 * step / steps)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * factor
-            logits, labels = answer_logits(model, next(batches), pad)
-            loss = F.cross_entropy(logits, labels)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            run.losses.append(loss.item())
-            bar.set_postfix(loss=f"{run.losses[-1]:.3f}")
-            reached = snapshot_at is not None and len(run.losses) >= window and run.smoothed(window) <= snapshot_at
-            if reached and run.snapshot is None:
-                run.snapshot, run.snapshot_step = adapter_state(model), step + 1
-            times.append(time.perf_counter())
-    model.eval()
-    run.seconds = times[-1] - times[0]
-    run.step_seconds = median(b - a for a, b in pairwise(times))
-    return run
+            rate = learning_rate * (min(1.0, (step + 1) / warmup) * (1 - 0.9 * step / steps))
+            batch, first = next(batches), step % len(trainings)
+            for training in trainings[first:] + trainings[:first]:
+                training.step(batch, rate, pad)
+            for training in trainings:
+                if training.model in keep:
+                    training.keep()
+            bar.set_postfix_str(", ".join(f"loss={training.run.losses[-1]:.3f}" for training in trainings))
+    for model in models:
+        model.eval()
+    return [training.run for training in trainings]
+
+
+class _Training:
+    """One model on its way."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.run = model.train(), TrainingRun()
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=0.0)
+
+    def step(self, batch: list[Example], learning_rate: float, pad: int) -> None:
+        started = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = F.cross_entropy(*answer_logits(self.model, batch, pad))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.run.losses.append(loss.item())
+        self.run.seconds.append(time.perf_counter() - started)
+
+    def keep(self) -> None:
+        run, step = self.run, len(self.run.losses)
+        if step >= _WINDOW and (not run.lowest or run.smoothed() < run.smoothed(run.lowest[-1][0])):
+            run.lowest.append((step, adapter_state(self.model)))

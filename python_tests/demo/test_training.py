@@ -1,3 +1,5 @@
+import copy
+
 import peft
 import pytest
 import torch
@@ -15,9 +17,9 @@ def tiny():
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def fit(model, **options):
+def fit(*models, **options):
     settings = {"steps": 12, "batch_size": 2, "learning_rate": 0.02, "pad": 1, "seed": 0, "description": "test"}
-    return train(model, EXAMPLES, **{**settings, **options})
+    return train(models, EXAMPLES, **{**settings, **options})
 
 
 def test_padding_is_left_and_positions_follow_it():
@@ -39,23 +41,45 @@ def test_logits_are_those_that_predict_the_answers():
 
 
 def test_training_learns_and_repeats_itself():
-    first, second = fit(tiny(), steps=60), fit(tiny(), steps=60)
+    (first,), (second,) = fit(tiny(), steps=60), fit(tiny(), steps=60)
     assert first.losses == second.losses
     assert first.smoothed() < first.losses[0] - 0.2
 
 
-def test_the_snapshot_is_taken_when_the_running_mean_first_reaches_the_loss():
-    reference = fit(tiny())
-    means = [sum(reference.losses[i - 5 : i]) / 5 for i in range(5, 13)]
-    target = means[3]
-    step = 5 + next(i for i, value in enumerate(means) if value <= target)
-    run = fit(tiny(), snapshot_at=target)
-    assert run.snapshot_step == step
-    again = tiny()
-    fit(again, steps=12, snapshot_at=-1.0)
-    assert fit(tiny(), snapshot_at=-1.0).snapshot is None
-    load_adapter_state(again, run.snapshot)
-    assert all(torch.equal(t, run.snapshot[name]) for name, t in adapter_state(again).items())
+def test_models_take_turns_at_the_same_batches_and_learn_what_each_learns_alone():
+    read = []
+    models = [tiny() for _ in range(3)]
+    with torch.no_grad():
+        for i, model in enumerate(models):
+            model.get_base_model().lm_head.weight += i
+            model.register_forward_pre_hook(
+                lambda _, __, kwargs, i=i: read.append((i, kwargs["input_ids"])), with_kwargs=True
+            )
+    states = [copy.deepcopy(model) for model in models]
+    runs = fit(*models, steps=4)
+    assert [i for i, _ in read] == [0, 1, 2, 1, 2, 0, 2, 0, 1, 0, 1, 2]
+    assert all(torch.equal(ids, read[n - n % 3][1]) for n, (_, ids) in enumerate(read))
+    for run, model, start in zip(runs, models, states, strict=True):
+        assert len(run.seconds) == 4 and min(run.seconds) > 0 and not model.training
+        assert fit(start, steps=4)[0].losses == run.losses
+        assert all(torch.equal(t, adapter_state(start)[name]) for name, t in adapter_state(model).items())
+
+
+def test_adapters_are_kept_where_the_running_mean_is_lowest_and_found_where_it_first_reached_a_loss():
+    model = tiny()
+    (reference,), (run,) = fit(tiny()), fit(model, keep=[model])
+    assert not reference.lowest and reference.losses == run.losses
+    means = {step: sum(run.losses[step - 5 : step]) / 5 for step in range(5, 13)}
+    assert all(run.smoothed(step) == mean for step, mean in means.items())
+    for loss in (*means.values(), means[5] + 1):
+        step, state = run.reached(loss)
+        assert step == next(step for step, mean in means.items() if mean <= loss)
+    assert run.reached(min(means.values()) - 1e-9) is None
+    assert run.lowest[-1][0] == 12
+    assert all(torch.equal(t, run.lowest[-1][1][name]) for name, t in adapter_state(model).items())
+    step, state = run.lowest[0]
+    load_adapter_state(model, state)
+    assert all(torch.equal(t, state[name]) for name, t in adapter_state(model).items())
 
 
 def test_an_adapter_state_of_another_model_is_refused():
