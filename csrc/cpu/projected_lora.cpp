@@ -48,7 +48,7 @@ void linear(const LoraLinear& layer, int threads) {
         }
         for (int64_t first = 0; first < tokens; first += token_panels * W) {
             int64_t panels = min(token_panels, ceil_div(tokens - first, W));
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait  // the panels of W, which are packed next, do not depend on it
             for (int64_t p = 0; p < panels; p++) {
                 alignas(64) Sum tile[W * W];
                 Element* x = xs + p * size;
@@ -74,8 +74,9 @@ void linear(const LoraLinear& layer, int threads) {
                     pack_columns<Kind>(ws + p * size, window(layer.w, n0, 0), count, K);
                     pack_columns<Kind>(ws + p * size + base * W, window(layer.up, n0, 0), count, R);
                 }
-                // Columns in groups, so that there are enough tasks for every thread where tokens are few.
-                int64_t groups = min(columns, max<int64_t>(1, ceil_div(4 * threads, panels)));
+                // Columns in groups, so that there are enough tasks for every thread where tokens are few, and no thread
+                // waits long for the last one: of 8 panels, the last half full, one of two threads took 4, the other 3½.
+                int64_t groups = min(columns, max<int64_t>(1, ceil_div(16 * threads, panels)));
 #pragma omp for schedule(dynamic)
                 for (int64_t task = 0; task < panels * groups; task++) {
                     alignas(64) Sum tile[W * W];

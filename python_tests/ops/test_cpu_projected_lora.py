@@ -144,18 +144,22 @@ def test_whose_base_product_it_is_follows_the_rule(monkeypatch):
     class Cpu:
         def __init__(self, *isas):
             self.supported_isas = lambda: [*isas, "baseline"]
+            self.isa = lambda: self.supported_isas()[0]
 
     wide = (torch.float32, torch.float64)
     for cpu in (Cpu("avx512_bf16", "avx512", "avx2"), Cpu("avx2"), Cpu()):
         monkeypatch.setattr(cpu_kernels, "extension", cpu)
-        native = "avx512_bf16" in cpu.supported_isas()
+        native = "avx512_bf16" in cpu.supported_isas()  # with the registers of AVX-512
 
         def ours(dtype, tokens, d_in=576, d_out=576):
             return cpu_kernels.uses_own_product(dtype, tokens, d_in, d_out)
 
         for dtype in wide:
-            assert [ours(dtype, tokens, 576, 1536) for tokens in (1, 341, 342, 4096)] == [False, False, True, True]
-            assert ours(dtype, 4096, 4096, 4096) and not ours(dtype, 4096, 1536, 1024) and not ours(dtype, 4096)
+            assert [ours(dtype, tokens, 576, 1536) for tokens in (1, 127, 341, 342, 4096)] == (
+                [False, False, native, True, True]
+            )
+            assert ours(dtype, 4096, 4096, 4096) and not ours(dtype, 4096, 512, 511)
+            assert ours(dtype, 128) == ours(dtype, 4096, 1536, 1024) == native
         assert all(ours(torch.float16, tokens, d_out=d_out) for tokens in (1, 4096) for d_out in (1, 4096))
         assert [ours(torch.bfloat16, tokens) for tokens in (31, 32, 127, 128)] == (
             [False, True, True, False] if native else [False, False, False, True]

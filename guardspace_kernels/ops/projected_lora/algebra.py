@@ -35,6 +35,7 @@ class Primitives(NamedTuple):
     has as many columns as ``out`` has rows (columns), or more, of which the first count.
     ``fold(A, basis, complement, out)`` writes ``A P``, formed in at least float32, to ``out``, which may be A.
     ``down_outer(x, M, e)`` is (``x M``, ``eᵀ x`` in float32) in one pass over x, or None where two are faster.
+    ``down_linear(x, D, M, bias, N)`` is (``h = x D``, ``x M + bias + h N``); ``down`` and ``linear`` without it.
     """
 
     linear: Callable[..., torch.Tensor]
@@ -42,6 +43,7 @@ class Primitives(NamedTuple):
     outer: Callable[..., None]
     fold: Callable[[torch.Tensor, torch.Tensor, bool, torch.Tensor], None]
     down_outer: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
+    down_linear: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 class Layer(NamedTuple):
@@ -91,6 +93,9 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, h) of x (T, d_in)."""
     if layer.dropout is None:
+        if primitives.down_linear is not None:
+            h, y = primitives.down_linear(x, factors.down_T, layer.weight.t(), layer.bias, factors.up_T)
+            return y, h
         h = primitives.down(x, factors.down_T)
     else:
         h, rank = primitives.down(x, factors.down_T[:, : factors.rank], layer.dropout), factors.rank
@@ -120,11 +125,13 @@ def backward(
         dh, hTdy = pair
         dB = torch.mul(_rows_of_parts(hTdy.t(), layer.output_sizes), layer.scale, out=B.new_empty(B.shape))
     else:
-        if needs_x or needs_A:
+        if needs_x and dropout is None and primitives.down_linear is not None:
+            dh, dx = primitives.down_linear(dy, factors.up, layer.weight, None, factors.down)
+        elif needs_x or needs_A:
             dh = primitives.down(dy, factors.up)
         if needs_B:
             dB = _gradient_of_B(primitives, dy, h, B, layer)
-    if needs_x:
+    if needs_x and dx is None:
         if dropout is None:
             dx = primitives.linear(dy, layer.weight, None, dh, factors.down)
         else:

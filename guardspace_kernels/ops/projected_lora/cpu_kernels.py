@@ -25,15 +25,18 @@ def slow_in_pytorch(dtype: torch.dtype) -> bool:
 
 
 def uses_own_product(dtype: torch.dtype, tokens: int, d_in: int, d_out: int) -> bool:
-    """Whether ``[x | h] [M; N]`` is one product of the C++ kernels, or PyTorch's with the rank-r update after it.
+    """Whether ``[x | h] [M; N]``, with ``h = x D`` before it, is one product of the C++ kernels, or three of PyTorch's.
 
-    Measured on two cores with AVX-512 and bfloat16 (MKL and oneDNN of torch 2.13), forward and backward. In float32 the
-    kernels save writing y and reading it again, which pays where y is large beside x: 0.70 to 0.96 of the time from
-    d_out = 1536 with 1024 tokens on. Elsewhere they take 0.95 to 1.4, in bfloat16 0.99 to 1.2; in bfloat16 they win
-    0.76 to 0.98 where oneDNN's fixed costs show. Without instructions for bfloat16 and in float16 PyTorch has no fast
-    product at all, but a handful of tokens is not worth packing W for.
+    Measured on two cores with AVX-512 and bfloat16 (MKL and oneDNN of torch 2.13), forward and backward, r = 16 and 32.
+    In float32 and float64 the kernels read x once, and do not read y again: 0.75 to 1.00 of the time from 128 tokens
+    on; smaller weights and fewer tokens take up to twice as long. With the registers of AVX2 this pays where y is
+    large beside x alone. In bfloat16 they take 0.99 to 1.2, but 0.76 to 0.98 where oneDNN's fixed costs show. Without
+    instructions for bfloat16 and in float16 PyTorch has no fast product at all, but a handful of tokens is not worth
+    packing W for.
     """
     if dtype is torch.float32 or dtype is torch.float64:
+        if tokens >= 128 and d_in * d_out >= 2**18 and extension.isa().startswith("avx512"):
+            return True
         return d_out >= 1024 and d_out >= d_in and tokens * d_out >= 2**19
     if slow_in_pytorch(dtype):
         return dtype == torch.float16 or tokens >= 128
@@ -63,15 +66,32 @@ def linear(
 
 
 def _own_linear(
-    x: torch.Tensor, M: torch.Tensor, bias: torch.Tensor | None, h: torch.Tensor, N: torch.Tensor
+    x: torch.Tensor,
+    M: torch.Tensor,
+    bias: torch.Tensor | None,
+    h: torch.Tensor,
+    N: torch.Tensor,
+    D: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x M + bias + h N`` as one product."""
+    """``x M + bias + h N`` as one product; with D, ``x D`` is written to h first."""
     y = x.new_empty((x.shape[0], M.shape[1]))
     extension.lora_linear(
-        view(x), view(M.t()), None if bias is None else view(bias[None]), None, view(N.t()), view(h), view(y),
-        torch.get_num_threads(),
+        view(x), view(M.t()), None if bias is None else view(bias[None]), None if D is None else view(D.t()),
+        view(N.t()), view(h), view(y), torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def down_linear(
+    x: torch.Tensor, D: torch.Tensor, M: torch.Tensor, bias: torch.Tensor | None, N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, d_in = x.shape
+    if not uses_own_product(x.dtype, tokens, d_in, M.shape[1]):
+        h = torch.mm(x, D)
+        y = torch.mm(x, M) if bias is None else torch.addmm(bias, x, M)
+        return h, y.addmm_(h, N)
+    h = x.new_empty((tokens, D.shape[1]))
+    return h, _own_linear(x, M, bias, h, N, D)
 
 
 def _product(x: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
@@ -115,7 +135,7 @@ def masked(x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
     return out
 
 
-_PRIMITIVES = Primitives(linear, down, outer, fold)
+_PRIMITIVES = Primitives(linear, down, outer, fold, down_linear=down_linear)
 
 
 def primitives() -> Primitives:
