@@ -102,11 +102,10 @@ class Evaluator:
         self._base: torch.Tensor | None = None
         self._base_answers: list[list[int]] = []
 
-    @property
-    def prompts(self) -> int:
+    def prompts(self, task: bool = True) -> int:
         """Number of prompts the next evaluation goes through."""
         again = self.kl_prompts if self._base is None else 0
-        return len(self.harmful) + len(self.lookalikes) + len(self.task) + again
+        return len(self.harmful) + len(self.lookalikes) + task * len(self.task) + again
 
     def _decode(self, answers: Sequence[Sequence[int]]) -> list[str]:
         return self.tokenizer.batch_decode([list(a) for a in answers], skip_special_tokens=True)
@@ -133,18 +132,19 @@ class Evaluator:
         self._base = log_p if self._base is None else self._base
         return answers, (self._base.exp() * (self._base - log_p)).sum(-1).mean().item()
 
-    def __call__(self, model: nn.Module, tick: Tick | None = None) -> Evaluation:
-        """Evaluate a model. The first one evaluated is the base of every later KL divergence, and its answers are what
-        is guessed of later ones'."""
+    def __call__(self, model: nn.Module, tick: Tick | None = None, task: bool = True) -> Evaluation:
+        """Evaluate a model, on the task if it was trained on it. The first one evaluated is the base of every later KL
+        divergence, and its answers are what is guessed of later ones'."""
         model.eval()
         answers, kl = self._answers(model, tick)
         judged = [judge(text) for text in self._decode(answers)]
         verdicts, lookalike_verdicts = judged[: len(self.harmful)], judged[len(self.harmful) :]
-        openings = self._decode(generate(model, self.task, new_tokens=1, end=self.end, tick=tick))
+        questions = self.task if task else []
+        openings = self._decode(generate(model, questions, new_tokens=1, end=self.end, tick=tick))
         # One token decides: "positive" and "negative" differ in it, and any other opening is wrong.
         correct = [
             bool(o.strip()) and label.startswith(o.strip().lower())
-            for o, label in zip(openings, self.labels, strict=True)
+            for o, label in zip(openings, self.labels[: len(questions)], strict=True)
         ]
         n = len(verdicts)
         by_source = {

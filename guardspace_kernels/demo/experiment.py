@@ -190,9 +190,9 @@ class _Experiment:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def evaluate(self, model: torch.nn.Module, description: str) -> Evaluation:
-        with self.phase("evaluate"), tqdm(total=self.evaluator.prompts, desc=description, unit="prompt") as bar:
-            return self.evaluator(model, bar.update)
+    def evaluate(self, model: torch.nn.Module, description: str, task: bool = True) -> Evaluation:
+        with self.phase("evaluate"), tqdm(total=self.evaluator.prompts(task), desc=description, unit="prompt") as bar:
+            return self.evaluator(model, bar.update, task)
 
     def batches(self, prompts: list[str], size: int) -> list[dict[str, torch.Tensor]]:
         """Left-padded batches of similar lengths for the guardspace API."""
@@ -251,9 +251,9 @@ class _Experiment:
                 keep=models[-1:],
             )
 
-    def evaluate_merged(self, model: Any, description: str) -> Evaluation:
+    def evaluate_merged(self, model: Any, description: str, task: bool) -> Evaluation:
         """Evaluate the adapter merged into the weights, which generates faster; `model` is used up."""
-        return self.evaluate(model.merge_and_unload(), description)
+        return self.evaluate(model.merge_and_unload(), description, task)
 
     def certify(self, model: torch.nn.Module, description: str) -> gk.DriftReport:
         heldout = self.batches([request for _, request in self.data.heldout[: self.settings.certified_heldout]], 16)
@@ -295,7 +295,7 @@ def _compare(
         model = models.pop(label)
         if inspect:
             inspect(label == GUARDED, model)
-        evaluation = run.evaluate_merged(model, f"{name}: test {label}")
+        evaluation = run.evaluate_merged(model, f"{name}: test {label}", task == SENTIMENT)
         fitted[label] = Row(task, label, evaluation, len(trained.losses), trained.smoothed(), trained.seconds)
     stopped = Row(task, STOPPED, None)
     if reached := plain_run.reached(guard_run.smoothed()):
@@ -304,7 +304,7 @@ def _compare(
         if stopped.steps != fitted[PLAIN].steps:
             model = run.build(False)
             load_adapter_state(model, state)
-            stopped.evaluation = run.evaluate_merged(model, f"{name}: test LoRA, same loss")
+            stopped.evaluation = run.evaluate_merged(model, f"{name}: test LoRA, same loss", task == SENTIMENT)
     rows += [fitted[PLAIN], stopped, fitted[GUARDED]]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from .training import left_padded
 
@@ -14,6 +16,7 @@ Tick = Callable[[int], Any]
 Watch = Callable[[list[int], Tensor], Any]
 
 _WORTH_SHARING = 64  # tokens saved in a batch; a forward of its own costs about as much
+_TOGETHER = 6  # batches whose answers go on together
 
 
 @torch.no_grad()
@@ -30,16 +33,40 @@ def generate(
 ) -> list[list[int]]:
     """Greedy answers as token ids, the end token included where the model gave one; in the order of `prompts`.
 
-    A guess is read together with its prompt. As far as the model's own choices agree with it, they are the answer, and
-    so is the first that does not; from there on it is made token by token. Up to rounding no answer depends on a guess.
+    Prompts are read in batches of similar lengths, and answers go on in larger ones: token by token a forward costs
+    much beside its rows. A guess is read together with its prompt. As far as the model's own choices agree with it,
+    they are the answer, and so is the first that does not; from there on it is made token by token. Up to rounding no
+    answer depends on a guess.
 
     Args:
         guesses: whole answers, which end with `end` or hold `new_tokens` tokens.
-        tick: called with the number of prompts done after every batch.
+        batch_size: of prompts that are read together; six times as many answers go on together.
+        tick: called with the number of prompts that have become done.
         watch: called for every batch with the indices of its prompts and the logits at the positions that predict the
             guesses, (prompts, longest guess, vocabulary), where shorter ones stand on the right.
     """
     answers: list[list[int]] = [[] for _ in prompts]
+    waiting: list[tuple[list[int], _Reader]] = []
+
+    def unfinished(indices: list[int]) -> list[int]:
+        rows = [row for row, i in enumerate(indices) if len(answers[i]) < new_tokens and answers[i][-1] != end]
+        if tick and len(rows) < len(indices):
+            tick(len(indices) - len(rows))
+        return rows
+
+    def go_on() -> None:
+        going = [i for indices, _ in waiting for i in indices]
+        reader = _Reader.joined([reader for _, reader in waiting])
+        waiting.clear()
+        while going:
+            chosen = reader.read([answers[i][-1:] for i in going], keep=1)[:, -1].argmax(-1)
+            for i, token in zip(going, chosen.tolist(), strict=True):
+                answers[i].append(token)
+            rows = unfinished(going)
+            if rows and len(rows) < len(going):
+                reader.select(rows)
+            going = [going[row] for row in rows]
+
     # Longest first, so that memory runs out at once or never.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for indices in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
@@ -50,16 +77,13 @@ def generate(
         for i, own, guess in zip(indices, logits.argmax(-1).tolist(), guessed, strict=True):
             answers[i] = _agreed(own[-max(1, len(guess)) :], guess, end)
         reader.forget([max(0, len(guess) - len(answers[i])) for i, guess in zip(indices, guessed, strict=True)])
-        going = indices
-        while rows := [row for row, i in enumerate(going) if len(answers[i]) < new_tokens and answers[i][-1] != end]:
-            if len(rows) < len(going):
-                reader.select(rows)
-                going = [going[row] for row in rows]
-            chosen = reader.read([answers[i][-1:] for i in going], keep=1)[:, -1].argmax(-1)
-            for i, token in zip(going, chosen.tolist(), strict=True):
-                answers[i].append(token)
-        if tick:
-            tick(len(indices))
+        if rows := unfinished(indices):
+            reader.select(rows)
+            waiting.append(([indices[row] for row in rows], reader))
+        if len(waiting) == _TOGETHER:
+            go_on()
+    if waiting:
+        go_on()
     return answers
 
 
@@ -113,6 +137,22 @@ class _Reader:
         """Of each row so many of the tokens that it read last."""
         places = torch.arange(self.mask.shape[1], 0, -1, device=self.device)
         self.mask = self.mask * (places > torch.tensor(counts, device=self.device)[:, None])
+
+    @classmethod
+    def joined(cls, readers: list[_Reader]) -> _Reader:
+        """The rows of all of them, one reader's after the other's."""
+        whole = cls(readers[0].model)
+        longest = max(reader.mask.shape[1] for reader in readers)
+
+        def stacked(tensors: Iterable[Tensor], dim: int) -> Tensor:
+            return torch.cat([F.pad(t, (0, 0) * (t.ndim - 1 - dim) + (longest - t.shape[dim], 0)) for t in tensors])
+
+        whole.mask, whole.cache = stacked((reader.mask for reader in readers), 1), DynamicCache()
+        for i, layers in enumerate(zip(*(reader.cache.layers for reader in readers), strict=True)):
+            whole.cache.update(
+                *(stacked((getattr(layer, name) for layer in layers), 2) for name in ("keys", "values")), i
+            )
+        return whole
 
     def select(self, rows: list[int]) -> None:
         """Goes on with these rows, in this order; one may come several times."""

@@ -157,10 +157,7 @@ def own_answers(path: Path, prompts: list[str], new_tokens: int, description: st
         model, tokenizer = load_model(path), load_tokenizer(path)
         encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
         with tqdm(total=len(prompts), desc=description, unit="prompt") as bar:
-            # Large batches: token by token a forward of 32 rows takes more than half the time of one of 64.
-            answers = generate(
-                model, encoded, new_tokens=new_tokens, end=tokenizer.eos_token_id, batch_size=64, tick=bar.update
-            )
+            answers = generate(model, encoded, new_tokens=new_tokens, end=tokenizer.eos_token_id, tick=bar.update)
         _publish(target, lambda folder: _write_json(folder / "examples.json", list(zip(encoded, answers, strict=True))))
     return [(prompt, answer) for prompt, answer in json.loads((target / "examples.json").read_text())]
 

@@ -80,7 +80,13 @@ def test_an_evaluation_does_not_depend_on_what_was_evaluated_before():
     second, alone = evaluator(other), fresh()(other)
     assert second.refusal_kl > 1e-3
     second.refusal_kl = alone.refusal_kl
-    assert second == alone and evaluator(base).refusal_kl == pytest.approx(0.0, abs=1e-6)
+    assert second == alone
+    # Without the task the rest is the same.
+    ticks.clear()
+    rest = evaluator(other, ticks.append, task=False)
+    assert sum(ticks) == evaluator.prompts(task=False) == 3 + 2 and rest.task.n == 0 and rest.task_correct == []
+    assert (rest.refuses, rest.over_refuses) == (second.refuses, second.over_refuses) and rest.refusal_kl > 1e-3
+    assert evaluator.prompts() == 3 + 2 + 2 and evaluator(base).refusal_kl == pytest.approx(0.0, abs=1e-6)
 
     expected = []
     for _, request in heldout[:2]:

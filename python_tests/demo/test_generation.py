@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from guardspace_kernels.demo import generation
 from guardspace_kernels.demo.generation import generate
 
 NEW, END = 6, 1
@@ -40,11 +41,22 @@ def count_tokens(model):
     return read, hook
 
 
-def test_answers_are_those_of_each_prompt_alone(model, case):
+@pytest.mark.parametrize("batch_size, together", [(4, 6), (2, 6), (1, 2), (2, 1)])
+def test_answers_are_those_of_each_prompt_alone(model, case, batch_size, together, monkeypatch):
     prompts, answers = case
+    monkeypatch.setattr(generation, "_TOGETHER", together)
     done = []
-    assert generate(model, prompts, new_tokens=NEW, end=END, batch_size=4, tick=done.append) == answers
-    assert done == [4, 2]
+    assert generate(model, prompts, new_tokens=NEW, end=END, batch_size=batch_size, tick=done.append) == answers
+    assert sum(done) == len(prompts) and min(done) > 0
+
+
+def test_answers_of_several_batches_go_on_together(model, case):
+    prompts, answers = case
+    read, hook = count_tokens(model)
+    assert generate(model, prompts, new_tokens=NEW, end=END, batch_size=2) == answers
+    hook.remove()
+    going = [sum(len(answer) > step for answer in answers) for step in range(1, NEW)]
+    assert read[3:] == [rows for rows in going if rows]
 
 
 def test_a_shared_beginning_is_read_once(model, case):
