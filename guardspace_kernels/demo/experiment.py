@@ -271,7 +271,8 @@ class _Experiment:
             batch = left_padded([encode_prompt(self.tokenizer, p) for p in prompts], self.pad, best_device())
             plain = peft.PeftModel.from_pretrained(load_model(self.aligned, dtype=torch.float32), str(folder)).eval()
             with torch.no_grad():
-                ours = copy.deepcopy(model).float().eval()(**batch, logits_to_keep=1).logits[:, -1]
+                exact = model if best_dtype(best_device()) == torch.float32 else copy.deepcopy(model).float()
+                ours = exact.eval()(**batch, logits_to_keep=1).logits[:, -1]
                 theirs = plain(**batch, logits_to_keep=1).logits[:, -1]
             difference = ((ours - theirs).norm() / ours.norm()).item()
             same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()

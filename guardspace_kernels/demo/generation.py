@@ -15,8 +15,8 @@ from .training import left_padded
 Tick = Callable[[int], Any]
 Watch = Callable[[list[int], Tensor], Any]
 
-_WORTH_SHARING = 64  # tokens saved in a batch; a forward of its own costs about as much
-_TOGETHER = 6  # batches whose answers go on together
+_WORTH_SHARING = 64  # tokens saved; a forward of its own costs about as much
+_TOGETHER = 8  # batches whose answers go on together
 
 
 @torch.no_grad()
@@ -27,20 +27,20 @@ def generate(
     new_tokens: int,
     end: int,
     guesses: Sequence[Sequence[int]] | None = None,
-    batch_size: int = 32,
+    batch_size: int = 24,
     tick: Tick | None = None,
     watch: Watch | None = None,
 ) -> list[list[int]]:
     """Greedy answers as token ids, the end token included where the model gave one; in the order of `prompts`.
 
-    Prompts are read in batches of similar lengths, and answers go on in larger ones: token by token a forward costs
-    much beside its rows. A guess is read together with its prompt. As far as the model's own choices agree with it,
-    they are the answer, and so is the first that does not; from there on it is made token by token. Up to rounding no
-    answer depends on a guess.
+    A beginning that all prompts share is read once. Prompts are read in batches of similar lengths, and answers go on
+    in larger ones: token by token a forward costs much beside its rows. A guess is read together with its prompt. As
+    far as the model's own choices agree with it, they are the answer, and so is the first that does not; from there on
+    it is made token by token. Up to rounding no answer depends on a guess.
 
     Args:
         guesses: whole answers, which end with `end` or hold `new_tokens` tokens.
-        batch_size: of prompts that are read together; six times as many answers go on together.
+        batch_size: of prompts that are read together; answers of eight batches go on together.
         tick: called with the number of prompts that have become done.
         watch: called for every batch with the indices of its prompts and the logits at the positions that predict the
             guesses, (prompts, longest guess, vocabulary), where shorter ones stand on the right.
@@ -67,11 +67,14 @@ def generate(
                 reader.select(rows)
             going = [going[row] for row in rows]
 
+    shared, beginning = _beginning(model, prompts)
     # Longest first, so that memory runs out at once or never.
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(guesses[i] if guesses else ()))
     for indices in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
         guessed = [list(guesses[i]) if guesses else [] for i in indices]
-        reader, logits = _read(model, [list(prompts[i]) for i in indices], guessed)
+        reader = _Reader.joined([beginning] * len(indices)) if beginning else _Reader(model)
+        unread = [[*prompts[i][shared:], *guess[:-1]] for i, guess in zip(indices, guessed, strict=True)]
+        logits = reader.read(unread, keep=max(1, *map(len, guessed)))
         if watch:
             watch(indices, logits)
         for i, own, guess in zip(indices, logits.argmax(-1).tolist(), guessed, strict=True):
@@ -93,18 +96,15 @@ def _agreed(own: list[int], guess: list[int], end: int) -> list[int]:
     return own[: last + 1]
 
 
-def _read(model: Any, prompts: list[list[int]], guesses: list[list[int]]) -> tuple[_Reader, Tensor]:
-    """The prompts and their guesses but for the last token, and the logits that predict the guesses."""
+def _beginning(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[int, _Reader | None]:
+    """How many tokens all prompts begin with, and a reader of these; none where that would not pay."""
     shared = next((n for n, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1), 0)
-    shared = min(shared, min(map(len, prompts)) - 1)
+    shared = min(shared, min(map(len, prompts), default=1) - 1)
+    if shared * (len(prompts) - 1) < _WORTH_SHARING:
+        return 0, None
     reader = _Reader(model)
-    if shared * (len(prompts) - 1) >= _WORTH_SHARING:
-        reader.read([prompts[0][:shared]], keep=1)
-        reader.select([0] * len(prompts))
-    else:
-        shared = 0
-    whole = [prompt[shared:] + guess[:-1] for prompt, guess in zip(prompts, guesses, strict=True)]
-    return reader, reader.read(whole, keep=max(1, *map(len, guesses)))
+    reader.read([list(prompts[0][:shared])], keep=1)
+    return shared, reader
 
 
 class _Reader:
@@ -155,7 +155,7 @@ class _Reader:
         return whole
 
     def select(self, rows: list[int]) -> None:
-        """Goes on with these rows, in this order; one may come several times."""
+        """Goes on with these rows, in this order."""
         which = torch.tensor(rows, device=self.device)
         self.cache.batch_select_indices(which)
         self.mask = self.mask[which]
