@@ -100,7 +100,7 @@ class Evaluator:
         self.labels = [label for _, label in task]
         self.kl_prompts = min(kl_prompts, len(self.harmful))
         self._base: torch.Tensor | None = None
-        self._base_answers: list[list[int]] = []
+        self.base_answers: list[list[int]] = []  # to harmful requests, then to look-alikes
 
     def prompts(self, task: bool = True) -> int:
         """Number of prompts the next evaluation goes through."""
@@ -118,16 +118,16 @@ class Evaluator:
         def watch(indices: list[int], logits: torch.Tensor) -> None:
             for i, one in zip(indices, logits, strict=True):
                 if i < self.kl_prompts:
-                    parts[i] = one[-len(self._base_answers[i]) :].float().log_softmax(-1)
+                    parts[i] = one[-len(self.base_answers[i]) :].float().log_softmax(-1)
 
         prompts = self.harmful + self.lookalikes
         options: dict[str, Any] = {"new_tokens": self.new_tokens, "end": self.end, "tick": tick}
         if self._base is None:
-            answers = self._base_answers = generate(model, prompts, **options)
+            answers = self.base_answers = generate(model, prompts, **options)
             first = slice(self.kl_prompts)
             generate(model, prompts[first], guesses=answers[first], watch=watch, **options)
         else:
-            answers = generate(model, prompts, guesses=self._base_answers, watch=watch, **options)
+            answers = generate(model, prompts, guesses=self.base_answers, watch=watch, **options)
         log_p = torch.cat([parts[i] for i in sorted(parts)])
         self._base = log_p if self._base is None else self._base
         return answers, (self._base.exp() * (self._base - log_p)).sum(-1).mean().item()
@@ -139,12 +139,12 @@ class Evaluator:
         answers, kl = self._answers(model, tick)
         judged = [judge(text) for text in self._decode(answers)]
         verdicts, lookalike_verdicts = judged[: len(self.harmful)], judged[len(self.harmful) :]
-        questions = self.task if task else []
-        openings = self._decode(generate(model, questions, new_tokens=1, end=self.end, tick=tick))
+        openings, labels = [], self.labels if task else []
+        if task:
+            openings = self._decode(generate(model, self.task, new_tokens=1, end=self.end, tick=tick))
         # One token decides: "positive" and "negative" differ in it, and any other opening is wrong.
         correct = [
-            bool(o.strip()) and label.startswith(o.strip().lower())
-            for o, label in zip(openings, self.labels[: len(questions)], strict=True)
+            bool(o.strip()) and label.startswith(o.strip().lower()) for o, label in zip(openings, labels, strict=True)
         ]
         n = len(verdicts)
         by_source = {

@@ -22,6 +22,8 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 import guardspace_kernels as gk
+from guardspace_kernels.guard.batches import TOKEN_KINDS
+from guardspace_kernels.guard.sampling import ANSWER, REQUEST
 
 from . import data as demo_data
 from .evaluate import Evaluation, Evaluator
@@ -194,16 +196,25 @@ class _Experiment:
         with self.phase("evaluate"), tqdm(total=self.evaluator.prompts(task), desc=description, unit="prompt") as bar:
             return self.evaluator(model, bar.update, task)
 
-    def batches(self, prompts: list[str], size: int) -> list[dict[str, torch.Tensor]]:
-        """Left-padded batches of similar lengths for the guardspace API."""
-        encoded = sorted((encode_prompt(self.tokenizer, p) for p in prompts), key=len)
-        padded = [left_padded(encoded[i : i + size], self.pad) for i in range(0, len(encoded), size)]
-        return [{name: b[name] for name in ("input_ids", "attention_mask")} for b in padded]
+    def batches(
+        self, prompts: list[list[int]], size: int, answers: list[list[int]] | None = None
+    ) -> list[dict[str, torch.Tensor]]:
+        """Left-padded batches of similar lengths for the guardspace API, with answers marked as such."""
+        texts = sorted(zip(prompts, answers or [[]] * len(prompts), strict=True), key=lambda text: sum(map(len, text)))
+        batches = []
+        for part in (texts[i : i + size] for i in range(0, len(texts), size)):
+            batch = left_padded([prompt + answer for prompt, answer in part], self.pad)
+            del batch["position_ids"]
+            if answers:
+                kinds = [[REQUEST] * len(prompt) + [ANSWER] * len(answer) for prompt, answer in part]
+                batch[TOKEN_KINDS] = left_padded(kinds, REQUEST)["input_ids"]
+            batches.append(batch)
+        return batches
 
     def collect_and_plan(self, model: torch.nn.Module) -> None:
         s = self.settings
         with self.phase("collect statistics"):
-            batches = self.batches(self.data.calibration, 40)
+            batches = self.batches([encode_prompt(self.tokenizer, p) for p in self.data.calibration], 40)
             self.stats = gk.collect_statistics(model, batches, answer_tokens=s.answer_tokens, progress=True)
         with self.phase("plan"):
             config = gk.GuardConfig(rank=s.rank, alpha=s.alpha, protect=s.protect)
@@ -256,7 +267,8 @@ class _Experiment:
         return self.evaluate(model.merge_and_unload(), description, task)
 
     def certify(self, model: torch.nn.Module, description: str) -> gk.DriftReport:
-        heldout = self.batches([request for _, request in self.data.heldout[: self.settings.certified_heldout]], 16)
+        evaluator, first = self.evaluator, slice(self.settings.certified_heldout)
+        heldout = self.batches(evaluator.harmful[first], 16, evaluator.base_answers[first])
         with self.phase("certify"), tqdm(total=1, desc=description, unit="report") as bar:
             report = gk.certify(model, self.stats, heldout=heldout)
             bar.update()

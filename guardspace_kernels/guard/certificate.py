@@ -64,9 +64,11 @@ def certify(
         model: a guarded model, or a plain PEFT LoRA on the same base model for comparison.
         stats: the statistics that the plan was made from, or others of the same base model.
         heldout: batches of prompts of the same kind that were not in ``stats``. Adds measured drift per layer, the
-            next-token KL to the base model and the change of the log-probability of the base model's own answers.
+            next-token KL to the base model and the change of the log-probability of the base model's own answers. A
+            batch may bring these along, marked 2 in ``token_kinds`` as for :func:`collect_statistics`; else they are
+            generated, greedily.
         plan: of a plain LoRA that was exported from a guarded model: it must lie in the plan's null space.
-        answer_tokens: length of those answers.
+        answer_tokens: length of those answers, where they are generated.
         max_drift: raise if a layer drifts by more, or if nothing is promised (:meth:`DriftReport.failure`).
 
     Raises:

@@ -10,6 +10,7 @@ from torch import nn
 
 from guardspace_kernels.guard.adapted import AdaptedLayer, triangle
 from guardspace_kernels.guard.batches import (
+    TOKEN_KINDS,
     Batch,
     check_ids,
     check_length,
@@ -23,6 +24,7 @@ from guardspace_kernels.guard.drift import DriftReport, HeldOut, LayerDrift, roo
 from guardspace_kernels.guard.exclusive import version_of
 from guardspace_kernels.guard.lockstep import Lockstep
 from guardspace_kernels.guard.routing import Routing
+from guardspace_kernels.guard.sampling import ANSWER, checked_kinds
 from guardspace_kernels.guard.tokens import tokens_of
 from guardspace_kernels.nn import NullSpaceProjector
 from guardspace_kernels.ops._library import full_float32_products
@@ -53,13 +55,11 @@ def measure_heldout(
         for index, raw in enumerate(batches):
             checked_mask(raw, index)
             check_ids(model, raw, index)
-            check_length(model, raw, index, answer_tokens)
             with disable_adapter():
-                batch = with_answers(model, to_device(model, raw), answer_tokens)
-                mask = batch["attention_mask"].bool()
+                batch, answer = _answered(model, to_device(model, raw), index, answer_tokens)
                 trial.look(batch, index)
                 # Fewer than asked for where every answer of the batch ended early.
-                answered = mask.shape[1] - raw["input_ids"].shape[1]
+                answered = answer.shape[1] - int(answer.any(dim=0).nonzero()[0])
                 # Before the hooks of others, which may change the output.
                 handles = [modules[name].register_forward_hook(m, prepend=True) for name, m in meters.items()]
                 try:
@@ -70,7 +70,7 @@ def measure_heldout(
                     for handle in handles:
                         handle.remove()
             ours = _last_logprobs(trial, batch, index, answered)
-            answers, counted = batch["input_ids"][:, -answered:], mask[:, -answered:]
+            answers, counted = batch["input_ids"][:, -answered:], answer[:, -answered:]
             # A token that the base model excludes adds nothing, though its logarithm is infinite.
             terms = torch.where(base.isneginf(), 0.0, base.exp() * (base - ours))
             kl += float((terms.sum(dim=-1) * counted).sum())
@@ -86,6 +86,30 @@ def measure_heldout(
             rows[name].heldout_drift = root_ratio(moved, output)
             rows[name].heldout_outside = root_ratio(outside, inputs)
     report.heldout = HeldOut(prompts, positions, kl / positions, change / prompts)
+
+
+def _answered(
+    model: nn.Module, batch: Batch, index: int, answer_tokens: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The batch with answers, its own where its ``token_kinds`` mark some, and a mask (prompts, tokens) of them."""
+    mask = checked_mask(batch, index)
+    kinds = batch.get(TOKEN_KINDS)
+    own = None if kinds is None else mask & (checked_kinds(kinds, index, mask).to(mask.device) == ANSWER)
+    if own is None or not own.any():
+        check_length(model, batch, index, answer_tokens)
+        whole = with_answers(model, batch, answer_tokens)
+        answer = whole["attention_mask"].bool()
+        answer[:, : mask.shape[1]] = False
+        return whole, answer
+    check_length(model, batch, index)
+    before = torch.nn.functional.pad(mask[:, :-1], (1, 0))  # whether a token stands before
+    wrong = (~own.any(dim=1) | (own & ~before).any(dim=1)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"batch {index}: {TOKEN_KINDS} mark answers (2), but those of prompt {wrong[0]} are none, or begin with "
+            "its first token; mark an answer behind every prompt of the batch, or none for the model to make them"
+        )
+    return dict(batch), own
 
 
 def _last_logprobs(trial: Trial, batch: Batch, index: int, answer_tokens: int) -> torch.Tensor:

@@ -207,10 +207,11 @@ class Template:
             self.before = len(self.first) if all(prompt == self.first for prompt in prompts) else before
             places = mask.long().cumsum(dim=1) - 1
             kinds[(places < before) | (places >= mask.sum(dim=1, keepdim=True) - after)] = TEMPLATE
-        return kinds if given is None else _checked(given, index, mask)
+        return kinds if given is None else checked_kinds(given, index, mask)
 
 
-def _checked(given: torch.Tensor, index: int, mask: torch.Tensor) -> torch.Tensor:
+def checked_kinds(given: torch.Tensor, index: int, mask: torch.Tensor) -> torch.Tensor:
+    """A batch's own ``token_kinds``, int64, on the CPU; ValueError if they are none."""
     if not isinstance(given, torch.Tensor) or given.shape != mask.shape or given.is_floating_point():
         shape = tuple(getattr(given, "shape", ())) or type(given).__name__
         raise ValueError(

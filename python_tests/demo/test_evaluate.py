@@ -57,6 +57,7 @@ class Letters:
         return SimpleNamespace(input_ids=[self.alphabet.index(letter) for letter in text])
 
     def batch_decode(self, rows, **_):
+        assert rows  # of none, tokenizers of Transformers make one text
         return ["".join(self.alphabet[token] for token in row if token) for row in rows]
 
 

@@ -319,6 +319,18 @@ def test_heldout_numbers_equal_hand_computed_ones(kind, eos):
     assert report.heldout.answer_logprob_change == pytest.approx(change / len(HELD_OUT), rel=1e-3)
     assert kl > 1e-3 and abs(change) > 1e-3
 
+    def with_own(prompts):  # the same answers, given
+        pairs = [(prompt, answers[tuple(prompt)]) for prompt in prompts]
+        kinds = [[1] * len(prompt) + [2] * len(answer) for prompt, answer in pairs]
+        batch = batch_of([[*prompt, *answer] for prompt, answer in pairs], "left", 12)
+        return {**batch, "token_kinds": batch_of(kinds, "left", 12)["input_ids"]}
+
+    guarded.get_base_model().generate = None
+    given = gk.certify(guarded, stats, heldout=[with_own(HELD_OUT[:2]), with_own(HELD_OUT[2:])], answer_tokens=n)
+    assert dataclasses.astuple(given.heldout) == pytest.approx(dataclasses.astuple(report.heldout), rel=1e-6)
+    for row, same in zip(given.layers, report.layers, strict=True):
+        assert dataclasses.astuple(row)[1:] == pytest.approx(dataclasses.astuple(same)[1:], rel=1e-6)
+
     delta = merged_delta(guarded, base, stats.layers)
     rows = gather_inputs(base, whole, stats.layers)
     for row in report.layers:
@@ -360,6 +372,15 @@ def test_heldout_leaves_the_model_as_it_was():
         ([], 2, "heldout is empty"),
         ([batch_of()], 0, "answer_tokens must be 1 or more, got 0"),
         ([{"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.zeros(1, 2).long()}], 2, "all padding"),
+        *(
+            ([{**batch_of(HELD_OUT[:2], "left"), "token_kinds": torch.tensor(kinds)}], 2, match)
+            for kinds, match in (
+                ([[1] * 5 + [2], [1] * 6], "batch 0: token_kinds mark answers .* prompt 1 are none"),
+                ([[1, 1, 2, 2, 2, 2], [1] * 5 + [2]], "batch 0: token_kinds mark answers .* prompt 0 .* first token"),
+                ([[1] * 5 + [3]] * 2, r"batch 0: token_kinds must be 0 \(template\), 1 \(request\) or 2 \(answer\)"),
+                ([[2] * 5] * 2, "batch 0: token_kinds must be integers of the shape of the mask"),
+            )
+        ),
     ],
 )
 def test_unusable_heldout(heldout, answer_tokens, match):
