@@ -18,11 +18,15 @@ constexpr double kNothing = 1e-28;
 constexpr int kMostIterations = 60;
 constexpr int64_t kFewColumns = 256;  // of A: one thread is quicker
 
-template <class T>
-GS_INLINE T total(Vec<T> v) {
-    T sum = 0;
-    for (int i = 0; i < kLanes<T>; i++) sum += v[i];
-    return sum;
+template <class T, int N = kLanes<T>>
+GS_INLINE T total(typename VectorOf<T, N>::type v) {
+    if constexpr (N == 2) {
+        return v[0] + v[1];
+    } else {
+        typename VectorOf<T, N / 2>::type halves[2];
+        memcpy(halves, &v, sizeof v);
+        return total<T, N / 2>(halves[0] + halves[1]);
+    }
 }
 
 template <class T>
@@ -48,69 +52,79 @@ void add_two(float* y, float a, const float* x, float b, const float* z, int64_t
     for (; i < n; i++) y[i] += a * x[i] + b * z[i];
 }
 
-// y += what the rows [first, last) of the upper triangle contribute to A x: each entry is read once and used twice.
-void add_rows(const float* a, int64_t stride, int64_t n, int64_t first, int64_t last, const float* x, float* y) {
-    constexpr int L = kLanes<float>, kRowsAtOnce = 4;
-    for (int64_t r = first; r < last; r += kRowsAtOnce) {
-        int count = static_cast<int>(min<int64_t>(kRowsAtOnce, last - r));
-        int64_t c = min(r + kRowsAtOnce, n);
-        float sums[kRowsAtOnce] = {};
-        for (int i = 0; i < count; i++) {
-            const float* row = a + (r + i) * stride;
-            sums[i] += row[r + i] * x[r + i];
-            for (int64_t j = r + i + 1; j < c; j++) {
-                sums[i] += row[j] * x[j];
-                if (j < r + count) {
-                    sums[j - r] += row[j] * x[r + i];
-                } else {
-                    y[j] += row[j] * x[r + i];
-                }
-            }
+// y += what R rows of A from row r on contribute to A x beyond column c: each entry is read once and used twice.
+template <int R>
+void add_beyond(const float* a, int64_t stride, int64_t n, int64_t r, int64_t c, const float* x, float* y) {
+    constexpr int L = kLanes<float>;
+    const float* row = a + r * stride;
+    F sums[R] = {};
+    for (; c + L <= n; c += L) {
+        F here = load(x + c), sum = load(y + c);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) {
+            F entries = load(row + i * stride + c);
+            sums[i] += entries * here;
+            sum += entries * broadcast(x[r + i]);
         }
-        if (count == kRowsAtOnce) {
-            const float *a0 = a + r * stride, *a1 = a0 + stride, *a2 = a1 + stride, *a3 = a2 + stride;
-            F x0 = broadcast(x[r]), x1 = broadcast(x[r + 1]), x2 = broadcast(x[r + 2]), x3 = broadcast(x[r + 3]);
-            F s0{}, s1{}, s2{}, s3{};
-            for (; c + L <= n; c += L) {
-                F v0 = load(a0 + c), v1 = load(a1 + c), v2 = load(a2 + c), v3 = load(a3 + c), here = load(x + c);
-                s0 += v0 * here;
-                s1 += v1 * here;
-                s2 += v2 * here;
-                s3 += v3 * here;
-                store(y + c, load(y + c) + (v0 * x0 + v1 * x1) + (v2 * x2 + v3 * x3));
-            }
-            sums[0] += total<float>(s0);
-            sums[1] += total<float>(s1);
-            sums[2] += total<float>(s2);
-            sums[3] += total<float>(s3);
+        store(y + c, sum);
+    }
+    for (int i = 0; i < R; i++) {
+        float sum = total<float>(sums[i]);
+        for (int64_t j = c; j < n; j++) {
+            float entry = row[i * stride + j];
+            sum += entry * x[j];
+            y[j] += entry * x[r + i];
         }
-        for (; c < n; c++) {
-            for (int i = 0; i < count; i++) {
-                float entry = a[(r + i) * stride + c];
-                sums[i] += entry * x[c];
-                y[c] += entry * x[r + i];
-            }
-        }
-        for (int i = 0; i < count; i++) y[r + i] += sums[i];
+        y[r + i] += sum;
     }
 }
 
-// y = A x for symmetric A (n, n), of which the upper triangle is read. `partial` holds n floats for each other thread.
-void multiply(const float* a, int64_t stride, int64_t n, const float* x, float* y, float* partial, int threads) {
-    if (n < kFewColumns) threads = 1;
-    memset(y, 0, sizeof(float) * n);
+// y += what the rows [first, last) of the upper triangle contribute to A x. Their diagonal is met in blocks of a vector's
+// lanes, so that where A and its stride are aligned all loads are: from the L3 cache 8 rows at once are read 1.3 times
+// as fast as 4 that are not.
+void add_rows(const float* a, int64_t stride, int64_t n, int64_t first, int64_t last, const float* x, float* y) {
+    constexpr int L = kLanes<float>, kRowsAtOnce = L < 8 ? L : 8;
+    Vec<int32_t> lane;
+    for (int i = 0; i < L; i++) lane[i] = i;
+    for (int64_t r = first; r < last;) {
+        int64_t c = r - r % L, after = c + L, end = min(after, last);
+        for (int64_t i = r; i < end; i++) {
+            const float* row = a + i * stride;
+            float sum = row[i] * x[i];
+            if (after <= n) {
+                F entries = lane > static_cast<int32_t>(i - c) ? load(row + c) : F{};
+                sum += total<float>(entries * load(x + c));
+                store(y + c, load(y + c) + entries * broadcast(x[i]));
+            }
+            for (int64_t j = i + 1; after > n && j < n; j++) {
+                sum += row[j] * x[j];
+                y[j] += row[j] * x[i];
+            }
+            y[i] += sum;
+        }
+        for (; r + kRowsAtOnce <= end; r += kRowsAtOnce) add_beyond<kRowsAtOnce>(a, stride, n, r, after, x, y);
+        for (; r < end; r++) add_beyond<1>(a, stride, n, r, after, x, y);
+    }
+}
+
+// y += A x for the rows and columns of the symmetric A (n, n) from `first` on, of which the upper triangle is read; x
+// and y begin at 0. `partial` holds n floats for each other thread.
+void multiply(const float* a, int64_t stride, int64_t n, int64_t first, const float* x, float* y, float* partial,
+              int threads) {
+    if (n - first < kFewColumns) threads = 1;
     memset(partial, 0, sizeof(float) * n * (threads - 1));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int i = 0; i < threads; i++) {
         // As many entries for each, whichever thread runs it.
         auto bound = [&](int part) {
             double left = __builtin_sqrt(1.0 - static_cast<double>(part) / threads);
-            return part == threads ? n : n - static_cast<int64_t>(left * static_cast<double>(n));
+            int64_t row = n - static_cast<int64_t>(left * static_cast<double>(n - first));
+            return part == 0 ? first : part == threads ? n : max(first, row - row % kLanes<float>);
         };
         add_rows(a, stride, n, bound(i), bound(i + 1), x, i == 0 ? y : partial + (i - 1) * n);
     }
     for (int i = 1; i < threads; i++) {
-        for (int64_t j = 0; j < n; j++) y[j] += partial[(i - 1) * n + j];
+        for (int64_t j = first; j < n; j++) y[j] += partial[(i - 1) * n + j];
     }
 }
 
@@ -220,7 +234,7 @@ void tridiagonal_panel(const Matrix& a, const Matrix& v, const Matrix& w, const 
         for (int64_t i = 1; i < left; i++) x[i] *= scale;
         mine[0] = 1;
         memcpy(mine + 1, x + 1, sizeof(float) * (left - 1));
-        multiply(at<float>(a, j + 1, j + 1), stride, left, mine, image_of, partial, threads);
+        multiply(at<float>(a, 0, 0), stride, n, j + 1, at<float>(v, j, 0), at<float>(w, j, 0), partial, threads);
         for (int64_t t = 0; t < j; t++) {
             const float *vt = at<float>(v, t, j + 1), *wt = at<float>(w, t, j + 1);
             add_two(image_of, -dot(wt, mine, left), vt, -dot(vt, mine, left), wt, left);
@@ -231,12 +245,18 @@ void tridiagonal_panel(const Matrix& a, const Matrix& v, const Matrix& w, const 
 }
 
 // All eigenvalues of T into its diagonal, in no order; `beside` (n − 1) is overwritten. False if they were not found.
+//
+// QR iteration without square roots (Pal, Walker and Kahan): of T's other entries and of each rotation it keeps the
+// squares. An entry waits for one division of the one before it: γ = N / r and p = (N² / p₀) / r, where N and N² / p₀
+// are found beside 1 / r.
 bool tridiagonal_values(const Matrix& diagonal, const Matrix& beside) {
     double *d = at<double>(diagonal, 0, 0), *e = at<double>(beside, 0, 0);
     int64_t last = diagonal.cols - 1;
-    double least = 1e-3 * kEpsilon * bound_of(d, e, diagonal.cols);
+    double norm = bound_of(d, e, diagonal.cols), least = 1e-3 * kEpsilon * norm, vanishing = 1e-200 * norm * norm;
+    for (int64_t i = 0; i < last; i++) e[i] *= e[i];
     auto negligible = [&](int64_t i) {
-        return __builtin_fabs(e[i]) <= kEpsilon * (__builtin_fabs(d[i]) + __builtin_fabs(d[i + 1])) + least;
+        double bound = kEpsilon * (__builtin_fabs(d[i]) + __builtin_fabs(d[i + 1])) + least;
+        return e[i] <= bound * bound;
     };
     for (int iterations = 0; last > 0;) {
         if (negligible(last - 1)) {
@@ -248,21 +268,23 @@ bool tridiagonal_values(const Matrix& diagonal, const Matrix& beside) {
         int64_t first = last - 1;
         while (first > 0 && !negligible(first - 1)) first--;
         // Shifted by the eigenvalue of the last two rows that lies closer to the last entry.
-        double half = (d[last - 1] - d[last]) / 2, off = e[last - 1], root = __builtin_sqrt(half * half + off * off);
-        double x = d[first] - d[last] + off * off / (half + (half < 0 ? -root : root)), z = e[first];
+        double half = (d[last - 1] - d[last]) / 2, off = e[last - 1], root = __builtin_sqrt(half * half + off);
+        double shift = d[last] - off / (half + (half < 0 ? -root : root));
+        double gamma = d[first] - shift, p = gamma * gamma, cosine = 1, sine = 0;
         for (int64_t k = first; k < last; k++) {
-            double length = __builtin_sqrt(x * x + z * z), inverse = 1 / length;
-            double c = length > 0 ? x * inverse : 1, s = length > 0 ? z * inverse : 0;
-            if (k > first) e[k - 1] = length;
-            double mixed = 2 * c * e[k] + s * (d[k + 1] - d[k]), moved = s * mixed;
-            d[k] += moved;
-            d[k + 1] -= moved;
-            x = e[k] = c * mixed - e[k];
-            if (k + 1 < last) {
-                z = s * e[k + 1];
-                e[k + 1] *= c;
-            }
+            double square = e[k], next = d[k + 1], r = p + square, inverse = 1 / r;
+            double mixed = p * (next - shift) - square * gamma;
+            double after = p > vanishing ? mixed * mixed * (1 / p) * inverse : cosine * square;
+            if (k > first) e[k - 1] = sine * r;
+            cosine = p * inverse;
+            sine = square * inverse;
+            double moved = mixed * inverse;
+            d[k] = gamma + (next - moved);
+            gamma = moved;
+            p = after;
         }
+        e[last - 1] = sine * p;
+        d[last] = shift + gamma;
     }
     return true;
 }
