@@ -1,6 +1,6 @@
 // Eigenvalues of a symmetric matrix A and those of its eigenvectors that are asked for, by way of a tridiagonal T with
 // A = Q T Qᵀ: a panel of Householder reflections at a time, QR iteration for the values, inverse iteration for the
-// vectors. What is large, the update of A after a panel and Q times the vectors, is left to a BLAS.
+// vectors. Q times the vectors is left to a LAPACK.
 #include "cpu/panels.h"
 
 namespace guardspace {
@@ -128,6 +128,48 @@ void multiply(const float* a, int64_t stride, int64_t n, int64_t first, const fl
     }
 }
 
+// The rows of A from v.rows on += VᵀW + WᵀV = [V; W]ᵀ [W; V]: their upper triangle, and what lies beside it in its tiles.
+void update_rest(const Matrix& a, const Matrix& v, const Matrix& w, int threads) {
+    using Kind = Real<float>;
+    constexpr int W = kWidth<Kind>, MR = kRows<Kind>, L = kLanes<float>;
+    int64_t size = v.rows, n = a.rows - size, panels = ceil_div(max<int64_t>(n, 0), W), length = 3 * size * W;
+    if (panels == 0) return;
+    if (n < kFewColumns) threads = 1;
+    float* packed = static_cast<float*>(workspace(sizeof(float) * static_cast<size_t>(panels * length)));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for
+        for (int64_t p = 0; p < panels; p++) {
+            for (int i = 0; i < 3; i++) {  // V, W and V again
+                pack_rows<Kind>(packed + p * length + i * size * W, window(i == 1 ? w : v, 0, size + p * W), size,
+                                min<int64_t>(W, n - p * W));
+            }
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t p = 0; p < panels; p++) {
+            for (int64_t q = p; q < panels; q++) {
+                int64_t cols = min<int64_t>(W, n - q * W), end = min<int64_t>(W, n - p * W);
+                int vectors = static_cast<int>(ceil_div(cols, L));
+                const float *left = packed + p * length, *right = packed + q * length + size * W;
+                for (int64_t row = 0; row < end; row += MR) {
+                    int64_t rows = min<int64_t>(MR, end - row);
+                    float* out = at<float>(a, size + p * W + row, size + q * W);
+                    for (int64_t i = 0; i < rows; i++) prefetch(out + i * a.row_stride, cols);
+                    if (rows == MR && cols % L == 0) {
+                        register_tiles<Kind>(vectors, 2 * size, left + row, 1, W, right, W, out, a.row_stride, true);
+                        continue;
+                    }
+                    float tile[MR * W];
+                    register_tiles<Kind>(vectors, 2 * size, left + row, 1, W, right, W, tile, W, false);
+                    for (int64_t i = 0; i < rows; i++) {
+                        for (int64_t j = 0; j < cols; j++) out[i * a.row_stride + j] += tile[i * W + j];
+                    }
+                }
+            }
+        }
+    }
+}
+
 // The largest eigenvalue of T is at most that.
 double bound_of(const double* diagonal, const double* beside, int64_t n) {
     double norm = 0;
@@ -205,8 +247,8 @@ void inverse_iteration(const double* diagonal, const double* beside, int64_t n, 
 }  // namespace
 
 // v.rows rows of A (n, n), float32 and at most 1, of which the upper triangle is read: the reflections I − τ v vᵀ make
-// that many rows of A tridiagonal, and A − Vᵀ W − Wᵀ V is what they leave of the others. v_i lies in row i of A as
-// well, beyond its 1.
+// that many rows of A tridiagonal, and of the others they leave A + Vᵀ W + Wᵀ V, which is put in their place. v_i lies
+// in row i of A as well, beyond its 1.
 void tridiagonal_panel(const Matrix& a, const Matrix& v, const Matrix& w, const Matrix& diagonal, const Matrix& beside,
                        const Matrix& tau, int threads) {
     int64_t n = a.rows, stride = a.row_stride;
@@ -215,7 +257,7 @@ void tridiagonal_panel(const Matrix& a, const Matrix& v, const Matrix& w, const 
         float* row = at<float>(a, j, j);
         int64_t left = n - j - 1;
         for (int64_t t = 0; t < j; t++) {
-            add_two(row, -*at<float>(v, t, j), at<float>(w, t, j), -*at<float>(w, t, j), at<float>(v, t, j), left + 1);
+            add_two(row, *at<float>(v, t, j), at<float>(w, t, j), *at<float>(w, t, j), at<float>(v, t, j), left + 1);
         }
         *at<double>(diagonal, 0, j) = row[0];
         memset(at<float>(v, j, 0), 0, sizeof(float) * n);
@@ -237,11 +279,12 @@ void tridiagonal_panel(const Matrix& a, const Matrix& v, const Matrix& w, const 
         multiply(at<float>(a, 0, 0), stride, n, j + 1, at<float>(v, j, 0), at<float>(w, j, 0), partial, threads);
         for (int64_t t = 0; t < j; t++) {
             const float *vt = at<float>(v, t, j + 1), *wt = at<float>(w, t, j + 1);
-            add_two(image_of, -dot(wt, mine, left), vt, -dot(vt, mine, left), wt, left);
+            add_two(image_of, dot(wt, mine, left), vt, dot(vt, mine, left), wt, left);
         }
         float along = -0.5f * factor * factor * dot(image_of, mine, left);
-        for (int64_t i = 0; i < left; i++) image_of[i] = factor * image_of[i] + along * mine[i];
+        for (int64_t i = 0; i < left; i++) image_of[i] = -factor * image_of[i] - along * mine[i];
     }
+    update_rest(a, v, w, threads);
 }
 
 // All eigenvalues of T into its diagonal, in no order; `beside` (n − 1) is overwritten. False if they were not found.

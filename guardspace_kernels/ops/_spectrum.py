@@ -7,9 +7,7 @@ import torch
 from guardspace_kernels.ops import _cpu
 from guardspace_kernels.ops.covariance import covariance_update_
 
-# Rows at a time that are made tridiagonal, and rows of the rest that one product then updates: of its upper triangle,
-# and hardly more, is updated.
-_PANEL, _UPDATED = 32, 384
+_PANEL = 32  # rows at a time that are made tridiagonal
 
 # Vectors are orthonormal to this from the start, or to the second and after one step of orthonormalisation.
 _ORTHONORMAL, _NEARLY = 1e-6, 1e-3
@@ -103,7 +101,7 @@ def _row(t: torch.Tensor) -> _cpu.View:
 def _tridiagonal(A: torch.Tensor) -> tuple[torch.Tensor, _Tridiagonal] | None:
     """Of A, its values included; None where they are not found."""
     d = len(A)
-    scale = float(A.abs().max())
+    scale = max(map(abs, map(float, A.aminmax())))  # without a matrix of magnitudes
     if d < 2 or not scale > 0:
         return None
     rest = A / scale
@@ -116,10 +114,6 @@ def _tridiagonal(A: torch.Tensor) -> tuple[torch.Tensor, _Tridiagonal] | None:
             _cpu.view(rest[start:, start:]), _cpu.view(v), _cpu.view(w), _row(form.diagonal[start:]),
             _row(form.beside[start:]), _row(form.tau[start:]), torch.get_num_threads(),
         )  # fmt: skip
-        vw, wv = torch.cat([v, w])[:, size:], torch.cat([w, v])[:, size:]
-        left = rest[start + size :, start + size :]
-        for i in range(0, len(left), _UPDATED):
-            left[i : i + _UPDATED, i:].addmm_(vw[:, i : i + _UPDATED].T, wv[:, i:], alpha=-1)
     if not form.find_values():
         return None
     return (scale * form.values).to(A.dtype), form
