@@ -62,7 +62,7 @@ def _space_for(
         raise ValueError(f"layer {layer}: the statistics hold non-finite values; collect them again")
     if not config.projector:
         return None
-    if not held_tokens and not covariance.any():
+    if not held_tokens and not covariance.diagonal().any():
         raise ValueError(
             f"layer {layer}: its input is zero at all {entry.tokens} tokens; leave it out of target_modules"
         )
