@@ -28,7 +28,7 @@ from guardspace_kernels.guard.layers import (
 from guardspace_kernels.guard.null_space import EmptyNullSpaceError, NullSpace, is_finite, null_space
 from guardspace_kernels.guard.passes import parse_bytes, release_memory
 from guardspace_kernels.guard.plan import GuardConfig, GuardPlan, LayerPlan
-from guardspace_kernels.guard.safety_subspace import DampedCovariance, starting_factors, trailing_subspace
+from guardspace_kernels.guard.safety_subspace import DampedCovariance, starting_factors, trailing_subspace_and_rows
 from guardspace_kernels.guard.sampling import FEWEST_PROMPTS
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
 from guardspace_kernels.ops import null_project_
@@ -377,8 +377,8 @@ def _plan_layer(
         A0 = (2.0 * uniform - 1.0) / math.sqrt(d_in)
         B0 = torch.zeros(d_out, config.rank, dtype=torch.float64)
     else:
-        U, sigma = trailing_subspace(weight.to(damped.matrix.device), damped, config.rank)
-        A0, B0, dead = starting_factors(weight, U, sigma, config.scale, config.init)
+        U, sigma, rows = trailing_subspace_and_rows(weight.to(damped.matrix.device), damped, config.rank)
+        A0, B0, dead = starting_factors(weight, U, sigma, config.scale, config.init, rows)
         if dead:
             warnings.append(f"{dead} of {config.rank} starting directions carry no weight and start at zero")
         A0, B0 = A0.cpu(), B0.cpu()

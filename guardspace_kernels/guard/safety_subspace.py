@@ -59,6 +59,16 @@ def trailing_subspace(
     Source: GuardSpace (arXiv 2510.14301). There the adapter starts from ``U_r Σ_r V_rᵀ C⁻¹``, which equals
     ``U_r U_rᵀ W``: neither the right vectors nor an inverse are needed.
     """
+    return trailing_subspace_and_rows(weight, covariance, rank, damping)[:2]
+
+
+_Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def trailing_subspace_and_rows(
+    weight: torch.Tensor, covariance: torch.Tensor | DampedCovariance, rank: int, damping: float = 0.01
+) -> _Found:
+    """:func:`trailing_subspace`, and ``U_rᵀ W`` (rank, d_in), of which the check is made."""
     size = min(weight.shape)
     if not 1 <= rank <= size:
         raise ValueError(f"rank must be from 1 to min(d_out, d_in) = {size}, got {rank}")
@@ -71,7 +81,9 @@ def trailing_subspace(
                 found = _by_krylov(weight, C, rank, dtype)
                 if found is not None:
                     return found
-        return _by_svd(weight.double() @ C.matrix, rank)
+        W = weight.double()
+        U, sigma = _by_svd(W @ C.matrix, rank)
+        return U, sigma, U.T @ W
 
 
 def _by_svd(M: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,9 +141,7 @@ class _Inverse:
         return Y if self._W is None else self._W @ torch.linalg.solve_triangular(self._R, Y, upper=True)
 
 
-def _by_krylov(
-    weight: torch.Tensor, C: DampedCovariance, rank: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _by_krylov(weight: torch.Tensor, C: DampedCovariance, rank: int, dtype: torch.dtype) -> _Found | None:
     """The answer, or None where ``dtype`` does not find it."""
     try:
         inverse = _Inverse(weight, C, dtype)
@@ -147,11 +157,12 @@ def _by_krylov(
 
 def _checked(
     weight: torch.Tensor, C: DampedCovariance, inverse: _Inverse, V: torch.Tensor, energy: float
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+) -> _Found | None:
     U = _orthonormal(inverse.lift(V).double())
     columns = [U, inverse.lift(inverse.apply(V)).double()] if inverse.dtype == torch.float32 else [U]
     # In one pass over W and C, which takes longer than the products.
-    rows, *again = ((torch.cat(columns, dim=1).T @ weight.double()) @ C.matrix).split(V.shape[1])
+    of_W = torch.cat(columns, dim=1).T @ weight.double()
+    rows, *again = (of_W @ C.matrix).split(V.shape[1])
     values, mix = torch.linalg.eigh(rows @ rows.T)
     true = float(values.sum())
     if not 0 < true <= (1 + _SAME_ENERGY) * energy:
@@ -160,7 +171,8 @@ def _checked(
         after = (again[0].square().sum(1) / columns[1].square().sum(0)).sum()
         if not abs(float(after) / true - 1) <= _SAME_AFTER:
             return None
-    return U @ mix.flip(1), values.flip(0).clamp_min(0).sqrt()
+    mix = mix.flip(1)
+    return U @ mix, values.flip(0).clamp_min(0).sqrt(), mix.T @ of_W[: len(rows)]
 
 
 def _smallest(inverse: _Inverse, rank: int, tolerance: float) -> tuple[torch.Tensor, float] | None:
@@ -200,19 +212,23 @@ def _orthonormal(Y: torch.Tensor) -> torch.Tensor:
 
 
 def starting_factors(
-    weight: torch.Tensor, U: torch.Tensor, sigma: torch.Tensor, scale: float, init: str
+    weight: torch.Tensor,
+    U: torch.Tensor,
+    sigma: torch.Tensor,
+    scale: float,
+    init: str,
+    rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(A₀, B₀, dead) with ``s·B₀A₀ = U_r U_rᵀ W``, before the projection of A₀.
+    """(A₀, B₀, dead) with ``s·B₀A₀ = U_r U_rᵀ W``, before the projection of A₀; ``rows`` are ``U_rᵀ W`` if known.
 
     ``B₀ = U_r diag(c)``, ``A₀ = diag(1/(s·c)) U_rᵀ W`` with ``c_i = (‖u_iᵀW‖/s)^½`` (``init="balanced"``: row i of A₀
     and column i of B₀ have equal norms) or ``c_i = (σ_i/s)^½`` (``init="paper"``). A row with ``‖u_iᵀW‖`` at rounding
     level is set to zero and its column of B₀ kept, so that it can still learn; ``dead`` counts those.
     """
-    W = weight.double()
-    rows = U.T @ W
+    rows = U.T @ weight.double() if rows is None else rows
     norms = rows.norm(dim=1)
     # Float32's for every dtype, that of the factors: all trailing rows of a large bfloat16 weight lie under bfloat16's.
-    rounding = torch.finfo(torch.float32).eps * W.norm()
+    rounding = torch.finfo(torch.float32).eps * torch.linalg.vector_norm(weight, dtype=torch.float64)
     dead = norms <= rounding
     c = ((norms if init == "balanced" else sigma) / scale).sqrt()
     usable = ~dead & (c > 0)
