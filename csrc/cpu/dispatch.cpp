@@ -107,6 +107,15 @@ void use_isa(const std::string& name) {
     chosen() = &find(name);
 }
 
+bool amd() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd");
+#else
+    return false;
+#endif
+}
+
 std::vector<std::string> supported_isas() {
     std::vector<std::string> names;
     for (const Isa& isa : all()) {

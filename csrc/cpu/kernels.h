@@ -29,8 +29,8 @@ struct Projection {
     bool complement;
 };
 
-// y (T, N) = x wᵀ + bias + h upᵀ with h (T, R) = x downᵀ. Without down, h is an input. The first h.cols columns of h
-// are written out; up and down may have more.
+// y (T, N) = x wᵀ + bias + h upᵀ with h (T, R) = x downᵀ. Without down, h is an input. R is the columns of h;
+// rows of down and columns of up beyond it do not count.
 struct LoraLinear {
     Matrix x, w, bias, down, up, h, y;
 };
@@ -42,6 +42,8 @@ struct Kernels {
     double (*quadratic_form)(const Matrix& covariance, const Matrix& u, const Matrix& v, int threads);
     void (*null_project)(const Projection* items, int64_t count, int threads);
     void (*lora_linear)(const LoraLinear& layer, int threads);
+    // out = factor · x, entry by entry: x in float64, float32 or out's dtype
+    void (*scaled)(const Matrix& x, double factor, const Matrix& out);
     // out (r, d) = scale · hᵀ x for h (T, r), x (T, d)
     void (*outer_product)(const Matrix& h, const Matrix& x, const Matrix& out, double scale, int threads);
     // out = (accumulate ? out : 0) + x · keep / (1 − p); keep depends on the seed and the entry's place only

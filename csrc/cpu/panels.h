@@ -1,6 +1,6 @@
 // Matrix products of packed panels: the one inner loop that all kernels share.
 //
-// A panel holds up to kWidth columns of a (K, n) operand as [k][kWidth], zero beyond the end. A product AᵀB of two
+// A panel holds up to kWidth columns of a (K, n) operand as [k][kWidth], zero beyond the end up to a whole vector. A product AᵀB of two
 // panels is a kWidth × kWidth tile: rows of A's are broadcast, rows of B's are vectors. For bfloat16 an element is a
 // pair of consecutive k, as the instruction vdpbf16ps wants them.
 #pragma once
@@ -247,7 +247,7 @@ void pack_rows(typename Kind::Element* panel, const Matrix& m, int64_t k, int64_
             int64_t offset = col * m.col_stride;
             panel[col] = Packing<Kind>::row(first + offset, second ? second + offset : nullptr);
         }
-        for (; col < W; col++) panel[col] = 0;
+        for (; col % L != 0; col++) panel[col] = 0;
     }
 }
 
@@ -258,8 +258,8 @@ void pack_columns(typename Kind::Element* panel, const Matrix& m, int64_t rows, 
     constexpr int W = kWidth<Kind>, L = kLanes<typename Kind::Sum>, P = Kind::kPack;
     if (m.row_stride == 1 || m.col_stride != 1) return pack_rows<Kind, Source>(panel, transposed(m), k, rows);
     int64_t whole = k / (L * P) * L;  // steps in whole blocks
-    for (int group = 0; group < W; group += L) {
-        int64_t count = max<int64_t>(0, min<int64_t>(L, rows - group));
+    for (int64_t group = 0; group < rows; group += L) {
+        int64_t count = min<int64_t>(L, rows - group);
         for (int64_t step = 0; step < whole; step += L) {
             Vector block[L] = {};
             if (count == L) {

@@ -168,6 +168,22 @@ void outer(const Matrix& h, const Matrix& x, const Matrix& out, double scale, in
     }
 }
 
+template <class Sum, class From, class To>
+void scale_into(const Matrix& x, Sum factor, const Matrix& out) {
+    constexpr int L = kLanes<Sum>;
+    for (int64_t row = 0; row < x.rows; row++) {
+        int64_t col = 0;
+        if (x.col_stride == 1 && out.col_stride == 1) {
+            for (; col + L <= x.cols; col += L) {
+                Convert<Sum>::to(at<To>(out, row, col), factor * Convert<Sum>::from(at<From>(x, row, col)));
+            }
+        }
+        for (; col < x.cols; col++) {
+            *at<To>(out, row, col) = convert_one<To>(factor * convert_one<Sum>(*at<From>(x, row, col)));
+        }
+    }
+}
+
 GS_INLINE uint64_t mix(uint64_t z) {  // splitmix64
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
@@ -206,6 +222,15 @@ void drop(const Matrix& x, const Matrix& out, double p, uint64_t seed, bool accu
 
 void lora_linear(const LoraLinear& layer, int threads) {
     with_kind(layer.x.dtype, [&](auto kind) { linear<decltype(kind)>(layer, threads); });
+}
+
+void scaled(const Matrix& x, double factor, const Matrix& out) {
+    with_type(out.dtype, [&](auto* type) {
+        using To = std::remove_pointer_t<decltype(type)>;
+        if (x.dtype == kFloat64) return scale_into<double, double, To>(x, factor, out);
+        if (x.dtype == kFloat32) return scale_into<float, float, To>(x, static_cast<float>(factor), out);
+        scale_into<float, To, To>(x, static_cast<float>(factor), out);
+    });
 }
 
 void outer_product(const Matrix& h, const Matrix& x, const Matrix& out, double scale, int threads) {

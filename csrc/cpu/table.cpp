@@ -11,6 +11,7 @@ void symmetrize(const Matrix&, int);
 double quadratic_form(const Matrix&, const Matrix&, const Matrix&, int);
 void null_project(const Projection*, int64_t, int);
 void lora_linear(const LoraLinear&, int);
+void scaled(const Matrix&, double, const Matrix&);
 void outer_product(const Matrix&, const Matrix&, const Matrix&, double, int);
 void dropout(const Matrix&, const Matrix&, double, uint64_t, bool, int);
 void tridiagonal_panel(const Matrix&, const Matrix&, const Matrix&, const Matrix&, const Matrix&, const Matrix&, int);
@@ -58,9 +59,9 @@ double peak_flops(Dtype dtype, double seconds, int threads) {
 }  // namespace
 
 extern const Kernels kTable;
-const Kernels kTable = {covariance_update,  symmetrize,          quadratic_form, null_project,
-                        lora_linear,        outer_product,       dropout,        tridiagonal_panel,
-                        tridiagonal_values, tridiagonal_vectors, peak_flops};
+const Kernels kTable = {covariance_update, symmetrize,         quadratic_form,      null_project,
+                        lora_linear,       scaled,             outer_product,       dropout,
+                        tridiagonal_panel, tridiagonal_values, tridiagonal_vectors, peak_flops};
 
 }  // namespace GUARDSPACE_ISA
 }  // namespace guardspace

@@ -211,8 +211,10 @@ def test_any_list_of_projections(data, isa, threads, members):
 @SHORT
 @given(st.data(), ISA, COUNT, DTYPE, SIZE, SIZE, SIZE, SIZE, st.booleans(), st.booleans())
 def test_any_projected_lora(data, isa, threads, dtype, T, d_in, d_out, r, biased, dropout):
+    most = data.draw(st.sampled_from([0, sys.maxsize]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_kernels, "uses_own_product", lambda *_: True)
+        patch.setattr(cpu_kernels, "tokens_of_one_call", lambda *_: (1, most))
         check_projected_lora(data, isa, threads, dtype, T, d_in, d_out, r, biased, dropout)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -34,8 +35,13 @@ def backend():
 
 @pytest.fixture(autouse=True)
 def _own_product(monkeypatch):
-    """The kernels form the base product too, whatever is faster."""
+    """The kernels form the base product too, one product after another, whatever is faster."""
     monkeypatch.setattr(cpu_kernels, "uses_own_product", lambda *_: True)
+    in_one_call(monkeypatch, False)
+
+
+def in_one_call(monkeypatch, whole):
+    monkeypatch.setattr(cpu_kernels, "tokens_of_one_call", lambda *_: (1, sys.maxsize if whole else 0))
 
 
 def layer(dtype, r, d_in, d_out, basis=False, complement=True, bias=False, frozen=False, adapter=None):
@@ -112,7 +118,7 @@ def same(results, others):
 
 @pytest.mark.parametrize("r", RANKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_rank_size_and_number_of_tokens(isa, dtype, r):
+def test_every_rank_size_and_number_of_tokens(isa, dtype, r, monkeypatch):
     parts, cases = itertools.cycle(PARTS), {}
     for i, T in enumerate(TOKENS):
         for d_in, d_out in SIZES[i if r <= 16 else i + 1 : i + 3]:  # one number says little of a long sum
@@ -123,7 +129,8 @@ def test_every_rank_size_and_number_of_tokens(isa, dtype, r):
     results = {case: run(*inputs) for case, inputs in cases.items()}
     for case, inputs in cases.items():
         assert_exact(results[case], *inputs, case=f"T, d_in, d_out = {case}")
-    for threads in (1, 2, 4):
+    for threads, whole in ((1, True), (2, False), (4, True)):
+        in_one_call(monkeypatch, whole)
         with use_threads(threads):
             for case, inputs in cases.items():
                 assert same(run(*inputs), results[case]), (threads, case)
@@ -138,34 +145,96 @@ def test_the_base_product_of_pytorch_is_as_exact(isa, dtype, monkeypatch):
         assert_exact(run(x, call, dy), x, call, dy, case=(T, d_in, d_out, r))
 
 
+class Cpu:
+    def __init__(self, *isas, amd=True):
+        self.isas, self.made_by_amd = [*isas, "baseline"], amd
+
+    def supported_isas(self):
+        return self.isas
+
+    def isa(self):
+        return self.isas[0]
+
+    def amd(self):
+        return self.made_by_amd
+
+
 def test_whose_base_product_it_is_follows_the_rule(monkeypatch):
     monkeypatch.undo()
-
-    class Cpu:
-        def __init__(self, *isas):
-            self.supported_isas = lambda: [*isas, "baseline"]
-            self.isa = lambda: self.supported_isas()[0]
-
     wide = (torch.float32, torch.float64)
-    for cpu in (Cpu("avx512_bf16", "avx512", "avx2"), Cpu("avx2"), Cpu()):
+    newest = ("avx512_bf16", "avx512", "avx2")
+    for cpu in (Cpu(*newest), Cpu(*newest, amd=False), Cpu("avx2"), Cpu()):
         monkeypatch.setattr(cpu_kernels, "extension", cpu)
-        native = "avx512_bf16" in cpu.supported_isas()  # with the registers of AVX-512
+        native = "avx512_bf16" in cpu.supported_isas()
+        wider = native and cpu.amd()  # than the vectors of MKL
 
         def ours(dtype, tokens, d_in=576, d_out=576):
             return cpu_kernels.uses_own_product(dtype, tokens, d_in, d_out)
 
         for dtype in wide:
             assert [ours(dtype, tokens, 576, 1536) for tokens in (1, 127, 341, 342, 4096)] == (
-                [False, False, native, True, True]
+                [False, False, wider, True, True]
             )
             assert ours(dtype, 4096, 4096, 4096) and not ours(dtype, 4096, 512, 511)
-            assert ours(dtype, 128) == ours(dtype, 4096, 1536, 1024) == native
+            assert ours(dtype, 128) == ours(dtype, 4096, 1536, 1024) == wider
         assert all(ours(torch.float16, tokens, d_out=d_out) for tokens in (1, 4096) for d_out in (1, 4096))
         assert [ours(torch.bfloat16, tokens) for tokens in (31, 32, 127, 128)] == (
             [False, True, True, False] if native else [False, False, False, True]
         )
         assert ours(torch.bfloat16, 4096, 576, 1536) == (not native) == ours(torch.bfloat16, 4096, d_out=255)
         assert ours(torch.bfloat16, 64, d_out=16) is False
+
+
+def test_which_layers_are_one_call_follows_the_rule(monkeypatch):
+    monkeypatch.undo()
+    tiles = []
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(tiles))
+    for cpu in (Cpu("avx512_bf16", "avx2"), Cpu("avx512_bf16", "avx2", amd=False), Cpu("avx2")):
+        monkeypatch.setattr(cpu_kernels, "extension", cpu)
+        cpu_kernels.tokens_of_one_call.cache_clear()
+
+        def most(dtype, d_in, d_out):
+            return cpu_kernels.tokens_of_one_call(dtype, d_in, d_out, cpu.isa())  # noqa: B023
+
+        native, never = cpu.isa() == "avx512_bf16", (1, 0)
+        if native and cpu.amd():
+            assert most(torch.float32, 576, 576) == (11, 2048) and most(torch.float64, 64, 64) == (1, 2048)
+        else:
+            assert most(torch.float32, 576, 576) == never and most(torch.float64, 64, 64) == (1, 64)
+        assert most(torch.float16, 4096, 4096) == (1, sys.maxsize)
+        if native:
+            assert most(torch.bfloat16, 2048, 2048) == never and most(torch.bfloat16, 512, 512) == (1, 1024)
+            tiles.append(True)
+            cpu_kernels.tokens_of_one_call.cache_clear()
+            assert most(torch.bfloat16, 512, 512) == (1, 16)
+            tiles.clear()
+        else:
+            assert most(torch.bfloat16, 2048, 2048) == (8, sys.maxsize)
+    cpu_kernels.tokens_of_one_call.cache_clear()
+
+
+@pytest.mark.parametrize("what", ["W", "bias", "A", "B", "basis", "h", "y", "down"])
+def test_a_call_that_does_not_fit_writes_nothing(what):
+    T, d, r, n = 5, 16, 3, 8
+    given = {
+        "x": torch.randn(T, d), "A": torch.randn(r, d), "B": torch.randn(n, r), "basis": orthonormal(d, 4),
+        "complement": True, "W": torch.randn(n, d), "bias": torch.randn(n), "down": torch.zeros(r, d),
+        "up": torch.zeros(n, r), "scale": 1.0, "h": torch.zeros(T, r), "y": torch.zeros(T, n), "threads": 1,
+    }  # fmt: skip
+    assert extension.layer_forward(*given.values())
+    backward = {
+        "dy": torch.randn(T, n), "x": given["x"], "h": given["h"].clone(), "rank": r, "basis": given["basis"],
+        "complement": True, "W": given["W"], "down": given["down"].clone(), "up": given["up"].clone(), "scale": 1.0,
+        "dx": torch.zeros(T, d), "A": torch.zeros(r, d), "B": torch.zeros(n, r), "threads": 1,
+    }  # fmt: skip
+    assert extension.layer_backward(*backward.values())
+    written = {name: given[name].zero_() for name in ("down", "up", "h", "y")}
+    gradients = {name: backward[name].zero_() for name in ("dx", "A", "B")}
+    for wrong in (given[what][:-1], given[what].to("meta"), torch.randn(2, 2, 2, 2), given[what].to(torch.float16)):
+        assert not extension.layer_forward(*(given | {what: wrong}).values())
+        if what in backward and (what not in "AB" or wrong.dtype != torch.float16):  # gradients of any dtype
+            assert not extension.layer_backward(*(backward | {what: wrong}).values())
+    assert not any(t.any() for t in (*written.values(), *gradients.values()))
 
 
 @pytest.mark.parametrize("adapter", DTYPES, ids=str)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import guardspace_kernels as gk
 from guardspace_kernels.ops import projected_lora
-from guardspace_kernels.ops.projected_lora import algebra, eager
+from guardspace_kernels.ops.projected_lora import algebra, cpu_kernels, eager
 from guardspace_kernels.ops.projected_lora.algebra import Layer
 
 D_IN, D_OUT, R = 40, 24, 3
@@ -25,6 +25,13 @@ D_IN, D_OUT, R = 40, 24, 3
 
 def nothing():
     pass
+
+
+@pytest.fixture(params=["one call", "single products"], autouse=True)
+def way(request, monkeypatch):
+    """The backend's own choice, which for these sizes is one call, and the other."""
+    if request.param == "single products":
+        monkeypatch.setattr(cpu_kernels, "tokens_of_one_call", lambda *_: (1, 0))
 
 
 class Made(nn.Module):

@@ -189,12 +189,17 @@ def _forward(
         weight, bias, basis, complement, scale, frozen_A, frozen_B, _dropout(dropout, seed), output_sizes, projected
     )
     factors = Factors(lora_A, lora_B, layer, x.dtype)
-    algebra.form(primitives, factors, lora_A, lora_B, layer)
-    y, h = algebra.forward(primitives, rows(x), factors, layer)
+    whole = primitives.layer_forward
+    found = None if whole is None else whole(x, lora_A, lora_B, factors, layer)
+    if found is None:
+        algebra.form(primitives, factors, lora_A, lora_B, layer)
+        found = algebra.forward(primitives, rows(x), factors, layer)
+    y, h = found
     tokens, r = x.shape[:-1], factors.rank
+    y = y.view(*tokens, y.shape[-1])
     if len(factors.down) > r:
-        return y.view(*tokens, y.shape[1]), h[:, :r].contiguous().view(*tokens, r), factors.A_P.clone()
-    return y.view(*tokens, y.shape[1]), h.view(*tokens, r), factors.down
+        return y, h[:, :r].contiguous().view(*tokens, r), factors.A_P.clone()
+    return y, h.view(*tokens, r), factors.down
 
 
 def _dropout(p: float, seed: torch.Tensor | None) -> Dropout | None:
@@ -223,7 +228,10 @@ def _backward(
     layer = Layer(weight, None, basis, complement, scale, frozen_A, frozen_B, _dropout(dropout, seed), sizes)
     factors = Factors(A, B, layer, x.dtype)
     algebra.form(primitives, factors, A_P, B, layer._replace(basis=None))
-    found = algebra.backward(primitives, rows(dy), rows(x), rows(h), factors, A, B, layer, needs)
+    whole = primitives.layer_backward
+    found = None if whole is None else whole(dy, x, rows(h), factors, A, B, layer, needs)
+    if found is None:
+        found = algebra.backward(primitives, rows(dy), rows(x), rows(h), factors, A, B, layer, needs)
     dx, dA, dB = (dy.new_empty(0) if grad is None else grad.contiguous() for grad in found)
     return dx.view(x.shape) if needs[0] else dx, dA, dB
 

@@ -18,6 +18,8 @@ import torch
 
 from guardspace_kernels.ops._library import compute_dtype
 
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
 
 class Dropout(NamedTuple):
     """An entry is dropped with probability p; seed, a 0-dimensional int64 tensor, determines which."""
@@ -36,6 +38,9 @@ class Primitives(NamedTuple):
     ``fold(A, basis, complement, out)`` writes ``A P``, formed in at least float32, to ``out``, which may be A.
     ``down_outer(x, M, e)`` is (``x M``, ``eᵀ x`` in float32) in one pass over x, or None where two are faster.
     ``down_linear(x, D, M, bias, N)`` is (``h = x D``, ``x M + bias + h N``); ``down`` and ``linear`` without it.
+    ``layer_forward(x, A, B, factors, layer)`` is :func:`form` and :func:`forward` in one call, and
+    ``layer_backward(dy, x, h, factors, A, B, layer, needs)`` is :func:`backward`, for x and dy (..., d); or None where
+    single products are faster.
     """
 
     linear: Callable[..., torch.Tensor]
@@ -44,6 +49,8 @@ class Primitives(NamedTuple):
     fold: Callable[[torch.Tensor, torch.Tensor, bool, torch.Tensor], None]
     down_outer: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
     down_linear: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    layer_forward: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
+    layer_backward: Callable[..., Gradients | None] | None = None
 
 
 class Layer(NamedTuple):
@@ -114,7 +121,7 @@ def backward(
     B: torch.Tensor,
     layer: Layer,
     needs: Sequence[bool],
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+) -> Gradients:
     """(dx, dA, dB), None for each that ``needs`` = (x, A, B) does not ask for; of h the first r columns are read."""
     needs_x, needs_A, needs_B = needs
     rank, dropout = factors.rank, layer.dropout

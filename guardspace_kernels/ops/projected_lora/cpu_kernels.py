@@ -1,7 +1,12 @@
 """Projected LoRA by the C++ kernels: ``A P`` in one pass, dropout without a stored mask, dA and dB that read x and dy
-once, and the rank-r update inside the base product, ``[x | h] [M; N]``, where that beats PyTorch's own product."""
+once, the rank-r update inside the base product, ``[x | h] [M; N]``, and all of a layer in one call, where these beat
+PyTorch's own products."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -10,7 +15,7 @@ from guardspace_kernels.ops._cpu import accepts as dense
 from guardspace_kernels.ops._library import compute_dtype
 from guardspace_kernels.ops.null_projection import cpu_kernels as null_projection
 from guardspace_kernels.ops.projected_lora import aten
-from guardspace_kernels.ops.projected_lora.algebra import Dropout, Primitives
+from guardspace_kernels.ops.projected_lora.algebra import Dropout, Factors, Gradients, Layer, Primitives
 
 
 def accepts(
@@ -24,18 +29,23 @@ def slow_in_pytorch(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 or (dtype == torch.bfloat16 and "avx512_bf16" not in extension.supported_isas())
 
 
+def _wider_than_mkl(isa: str) -> bool:
+    """Whether the kernels take wider vectors than MKL, which uses 256 bits on CPUs of AMD."""
+    return isa.startswith("avx512") and bool(extension.amd())
+
+
 def uses_own_product(dtype: torch.dtype, tokens: int, d_in: int, d_out: int) -> bool:
     """Whether ``[x | h] [M; N]``, with ``h = x D`` before it, is one product of the C++ kernels, or three of PyTorch's.
 
-    Measured on two cores with AVX-512 and bfloat16 (MKL and oneDNN of torch 2.13), forward and backward, r = 16 and 32.
-    In float32 and float64 the kernels read x once, and do not read y again: 0.75 to 1.00 of the time from 128 tokens
-    on; smaller weights and fewer tokens take up to twice as long. With the registers of AVX2 this pays where y is
-    large beside x alone. In bfloat16 they take 0.99 to 1.2, but 0.76 to 0.98 where oneDNN's fixed costs show. Without
+    Measured on two AMD cores with AVX-512 and bfloat16 (MKL and oneDNN of torch 2.13), forward and backward, r = 16 and
+    32. In float32 and float64 the kernels read x once, and do not read y again: 0.75 to 1.00 of the time from 128
+    tokens on; smaller weights and fewer tokens take up to twice as long. With the registers of AVX2 this pays where y
+    is large beside x alone. In bfloat16 they take 0.99 to 1.2, but 0.76 to 0.98 where oneDNN's fixed costs show. Without
     instructions for bfloat16 and in float16 PyTorch has no fast product at all, but a handful of tokens is not worth
     packing W for.
     """
     if dtype is torch.float32 or dtype is torch.float64:
-        if tokens >= 128 and d_in * d_out >= 2**18 and extension.isa().startswith("avx512"):
+        if tokens >= 128 and d_in * d_out >= 2**18 and _wider_than_mkl(extension.isa()):
             return True
         return d_out >= 1024 and d_out >= d_in and tokens * d_out >= 2**19
     if slow_in_pytorch(dtype):
@@ -128,6 +138,76 @@ def fold(A: torch.Tensor, basis: torch.Tensor, complement: bool, out: torch.Tens
         aten.fold(A, basis, complement, out)
 
 
+@lru_cache(maxsize=1024)
+def tokens_of_one_call(dtype: torch.dtype, d_in: int, d_out: int, isa: str) -> tuple[int, int]:
+    """The fewest and the most tokens of which the layer is one call of the C++ kernels.
+
+    Beside the calls it spares reading x and dy twice, and loses what packing W takes. Measured on an AMD CPU of two
+    cores with MKL and oneDNN of torch 2.13, forward and backward, r = 16, one thread and two. float32 with AVX-512: 0.7
+    to 1.0 of the time in this range. float32 with AVX2: 0.8 to
+    0.95. bfloat16: 0.35 to 1.0; where oneDNN multiplies tiles (AMX, not measured) its fixed cost alone is spared.
+    Where PyTorch has no fast product of the dtype the range has no end.
+    """
+    weights = d_in * d_out
+    if slow_in_pytorch(dtype):
+        return (1 if dtype is torch.float16 else 8), sys.maxsize
+    if dtype is torch.bfloat16:
+        products = 2**22 if torch.cpu._is_amx_tile_supported() else 2**28
+        return 1, products // weights if weights <= 2**20 else 0
+    if _wider_than_mkl(isa):
+        return -(-weights // 2**15), 2048
+    return 1, 2**18 // weights if weights <= 2**15 else 0
+
+
+def _one_call(x: torch.Tensor, layer: Layer) -> bool:
+    """Whether a layer's calls cost more than its products."""
+    if layer.dropout is not None or layer.output_sizes is not None:
+        return False
+    d_out, d_in = layer.weight.shape
+    if not d_in or not d_out:
+        return False
+    fewest, most = tokens_of_one_call(x.dtype, d_in, d_out, extension.isa())
+    return fewest * d_in <= x.numel() <= most * d_in
+
+
+def layer_forward(
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, factors: Factors, layer: Layer
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if not _one_call(x, layer):
+        return None
+    d_out, d_in = layer.weight.shape
+    y = x.new_empty((*x.shape[:-1], d_out))
+    h = x.new_empty((x.numel() // d_in, factors.down.size(0)))
+    done = extension.layer_forward(
+        x, A, B, None if layer.projected else layer.basis, layer.complement, layer.weight, layer.bias, factors.down,
+        factors.up, layer.scale, h, y, torch.get_num_threads(),
+    )  # fmt: skip
+    return (y, h) if done else None
+
+
+def layer_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    factors: Factors,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    layer: Layer,
+    needs: Sequence[bool],
+) -> Gradients | None:
+    if not _one_call(x, layer) or (A.dtype is not x.dtype and A.dtype is not torch.float32):
+        return None
+    needs_x, needs_A, needs_B = needs
+    dx = torch.empty_like(x) if needs_x else None
+    dA = torch.empty_like(A) if needs_A else None
+    dB = torch.empty_like(B) if needs_B else None
+    done = extension.layer_backward(
+        dy, x, h, factors.rank, layer.basis, layer.complement, layer.weight, factors.down, factors.up, layer.scale,
+        dx, dA, dB, torch.get_num_threads(),
+    )  # fmt: skip
+    return (dx, dA, dB) if done else None
+
+
 def masked(x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
     """``drop(x)``."""
     out = torch.empty(x.shape, dtype=x.dtype)
@@ -136,6 +216,8 @@ def masked(x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
 
 
 _PRIMITIVES = Primitives(linear, down, outer, fold, down_linear=down_linear)
+if READS_TENSORS:
+    _PRIMITIVES = _PRIMITIVES._replace(layer_forward=layer_forward, layer_backward=layer_backward)
 
 
 def primitives() -> Primitives:

@@ -162,10 +162,15 @@ def _forward(ctx: Any, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, call: 
             raise ValueError(f"{_OP}: dropout must be in [0, 1), got {dropout}")
         seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
         layer = layer._replace(dropout=Dropout(dropout, seed))
-    algebra.form(factors.primitives, factors, A, B, layer)
-    flat = x.dim() == 2
-    tokens = x if flat else x.flatten(0, -2) if x.dim() > 2 else rows(x)
-    y, h = algebra.forward(factors.primitives, tokens, factors, layer)
+    primitives = factors.primitives
+    found = None if primitives.layer_forward is None else primitives.layer_forward(x, A, B, factors, layer)
+    flat = found is not None or x.dim() == 2
+    if found is not None:
+        tokens, (y, h) = x, found
+    else:
+        algebra.form(primitives, factors, A, B, layer)
+        tokens = x if flat else x.flatten(0, -2) if x.dim() > 2 else rows(x)
+        y, h = algebra.forward(primitives, tokens, factors, layer)
     if ctx is not None:
         if h.size(1) > factors.rank and h.numel() > _WORTH_A_COPY:
             h = h[:, : factors.rank].contiguous()
@@ -181,6 +186,14 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, h, _, _ = ctx.saved_tensors  # W and the basis for autograd's check that nothing wrote to them
     factors, shape = ctx.lease.factors, ctx.shape
     needs = ctx.needs_input_grad[:3]
+    whole = factors.primitives.layer_backward
+    if whole is not None:
+        found = whole(dy, x, h, factors, ctx.A, ctx.B, ctx.layer, needs)
+        if found is not None:
+            dx, dA, dB = found
+            return (dx if shape is None or dx is None else dx.view(shape)), dA, dB
+    if x.dim() != 2:
+        shape, x = x.shape, rows(x)
     if shape is not None:
         dy = rows(dy)
     try:
