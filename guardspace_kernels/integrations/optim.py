@@ -98,7 +98,7 @@ class OptimizerGuard:
                 self._step_mode(False)
             return
         for layer in self._layers:
-            layer.was_trained = False
+            object.__setattr__(layer, "was_trained", False)  # nn.Module's own takes longer than the projection
         lost = [
             layer
             for layer, (A, tensor) in zip(self._layers, self._held, strict=True)

@@ -119,11 +119,16 @@ class GuardedLinear(LoraLinear):
 
     @property
     def A(self) -> nn.Parameter:
-        return self.lora_A[self.adapter].weight
+        return self._factor("lora_A")
 
     @property
     def B(self) -> nn.Parameter:
-        return self.lora_B[self.adapter].weight
+        return self._factor("lora_B")
+
+    def _factor(self, name: str) -> nn.Parameter:
+        # By the dictionaries: an optimiser in step mode asks every layer in every step.
+        factor: nn.Parameter = self._modules[name]._modules[self.adapter].weight
+        return factor
 
     @property
     def scale(self) -> float:

@@ -206,7 +206,8 @@ def test_scaling_may_change_under_a_virtual_residual(tiny):
     model = moved(tiny.guarded())
     expected = tiny.logits(model)
     with rescale_adapter_scale(model, 0.0):
-        assert torch.equal(tiny.logits(model), tiny.logits(tiny.base()))
+        # Not bit for bit: the kernels form the base product where that is faster.
+        torch.testing.assert_close(tiny.logits(model), tiny.logits(tiny.base()), rtol=0, atol=1e-6)
     assert torch.equal(tiny.logits(model), expected)
 
 
