@@ -40,9 +40,9 @@ def uses_own_product(dtype: torch.dtype, tokens: int, d_in: int, d_out: int) -> 
     Measured on two AMD cores with AVX-512 and bfloat16 (MKL and oneDNN of torch 2.13), forward and backward, r = 16 and
     32. In float32 and float64 the kernels read x once, and do not read y again: 0.75 to 1.00 of the time from 128
     tokens on; smaller weights and fewer tokens take up to twice as long. With the registers of AVX2 this pays where y
-    is large beside x alone. In bfloat16 they take 0.99 to 1.2, but 0.76 to 0.98 where oneDNN's fixed costs show. Without
-    instructions for bfloat16 and in float16 PyTorch has no fast product at all, but a handful of tokens is not worth
-    packing W for.
+    is large beside x alone. In bfloat16 they take 0.99 to 1.2, but 0.76 to 0.98 where oneDNN's fixed costs show.
+    Without instructions for bfloat16 and in float16 PyTorch has no fast product at all, but a handful of tokens is not
+    worth packing W for.
     """
     if dtype is torch.float32 or dtype is torch.float64:
         if tokens >= 128 and d_in * d_out >= 2**18 and _wider_than_mkl(extension.isa()):
