@@ -276,6 +276,12 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         kernels().tridiagonal_vectors(d, e, w, rows, threads);
     });
+    m.def("tridiagonal_reflect",
+          [](const py::object& rows, const py::object& tau, const py::object& vectors, int threads) {
+              Matrix reflections = matrix(rows), factors = matrix(tau), moved = matrix(vectors);
+              py::gil_scoped_release release;
+              kernels().tridiagonal_reflect(reflections, factors, moved, threads);
+          });
     m.def(
         "outer_product",
         [](const py::object& h, const py::object& x, const py::object& out, double scale, int threads,

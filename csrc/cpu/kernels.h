@@ -48,13 +48,14 @@ struct Kernels {
     void (*outer_product)(const Matrix& h, const Matrix& x, const Matrix& out, double scale, int threads);
     // out = (accumulate ? out : 0) + x · keep / (1 − p); keep depends on the seed and the entry's place only
     void (*dropout)(const Matrix& x, const Matrix& out, double p, uint64_t seed, bool accumulate, int threads);
-    // The three steps to eigenvectors of a symmetric float32 matrix by way of a tridiagonal one in float64, whose
+    // The four steps to eigenvectors of a symmetric float32 matrix by way of a tridiagonal one in float64, whose
     // entries on the diagonal and beside it are rows (1, n) and (1, n - 1), as are tau and values.
     void (*tridiagonal_panel)(const Matrix& a, const Matrix& v, const Matrix& w, const Matrix& diagonal,
                               const Matrix& beside, const Matrix& tau, int threads);
     bool (*tridiagonal_values)(const Matrix& diagonal, const Matrix& beside);
     void (*tridiagonal_vectors)(const Matrix& diagonal, const Matrix& beside, const Matrix& values,
                                 const Matrix& vectors, int threads);
+    void (*tridiagonal_reflect)(const Matrix& rows, const Matrix& tau, const Matrix& vectors, int threads);
     // FLOP/s of independent multiply-adds in registers, the ceiling of every kernel: float64, float32 or bfloat16
     double (*peak_flops)(Dtype dtype, double seconds, int threads);
 };

@@ -1,6 +1,6 @@
 // Eigenvalues of a symmetric matrix A and those of its eigenvectors that are asked for, by way of a tridiagonal T with
 // A = Q T Qᵀ: a panel of Householder reflections at a time, QR iteration for the values, inverse iteration for the
-// vectors. Q times the vectors is left to a LAPACK.
+// vectors of T, and Q times these.
 #include "cpu/panels.h"
 
 namespace guardspace {
@@ -361,6 +361,63 @@ void tridiagonal_vectors(const Matrix& diagonal, const Matrix& beside, const Mat
             }
             double scale = 1 / __builtin_sqrt(dot(row, row, n));
             for (int64_t j = 0; j < n; j++) row[j] *= scale;
+        }
+    }
+}
+
+// Every row of `vectors` (k, n), float32, becomes Q times it: Q is the product of the reflections of tridiagonal_panel,
+// v_i in row i of `rows` and τ_i in `tau`. As many reflections as a panel is wide are I − Vᵀ S V, S upper triangular.
+void tridiagonal_reflect(const Matrix& rows, const Matrix& tau, const Matrix& vectors, int threads) {
+    using Kind = Real<float>;
+    constexpr int W = kWidth<Kind>, MR = kRows<Kind>, L = kLanes<float>;
+    int64_t n = vectors.cols, tiles = ceil_div(vectors.rows, MR), padded = ceil_div(n, W) * W;
+    int64_t scratch = MR * (padded + 2 * W);  // of a thread
+    size_t floats = static_cast<size_t>(2 * padded * W + 2 * W * W + threads * scratch);
+    float *by_row = static_cast<float*>(workspace(sizeof(float) * floats)), *by_column = by_row + padded * W;
+    float *gram = by_column + padded * W, *factor = gram + W * W, *own = factor + W * W;
+    for (int64_t start = (n - 2) / W * W; start >= 0; start -= W) {
+        int64_t size = min<int64_t>(W, n - 1 - start), left = n - start, panels = ceil_div(left, W);
+        // V by its columns, and in panels of W of them by its rows.
+        memset(by_row, 0, sizeof(float) * padded * W);
+        memset(by_column, 0, sizeof(float) * padded * W);
+        for (int64_t i = 0; i < size; i++) {
+            const float* v = at<float>(rows, start + i, start);
+            for (int64_t c = 0; c < left; c += W) {
+                memcpy(by_row + (c + i) * W, v + c, sizeof(float) * min<int64_t>(W, left - c));
+            }
+            memset(by_row + i * W, 0, sizeof(float) * (i + 1));
+            by_row[((i + 1) / W * W + i) * W + (i + 1) % W] = by_column[(i + 1) * W + i] = 1;
+            for (int64_t c = i + 2; c < left; c++) by_column[c * W + i] = v[c];
+        }
+        panel_product<Kind>(left, by_column, by_column, size, size, false, false, gram);
+        // −Sᵀ, row after row: column j of S is τ_j (e_j − S V v_j), of the reflections before it.
+        memset(factor, 0, sizeof(float) * W * W);
+        for (int64_t j = 0; j < size; j++) {
+            float t = *at<float>(tau, 0, start + j);
+            for (int64_t i = 0; i < j; i++) {
+                float along = gram[i * W + j];
+                for (int64_t l = 0; l <= i; l++) factor[j * W + l] -= t * along * factor[i * W + l];
+            }
+            factor[j * W + j] = -t;
+        }
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (int part = 0; part < threads; part++) {
+            float *some = own + part * scratch, *along = some + MR * padded, *moved = along + MR * W;
+            for (int64_t tile = tiles * part / threads; tile < tiles * (part + 1) / threads; tile++) {
+                int64_t count = min<int64_t>(MR, vectors.rows - tile * MR);
+                memset(some, 0, sizeof(float) * MR * padded);
+                for (int64_t i = 0; i < count; i++) {
+                    memcpy(some + i * padded, at<float>(vectors, tile * MR + i, start), sizeof(float) * left);
+                }
+                register_tiles<Kind>(W / L, left, some, padded, 1, by_column, W, along, W, false);
+                register_tiles<Kind>(W / L, W, along, W, 1, factor, W, moved, W, false);
+                for (int64_t p = 0; p < panels; p++) {
+                    register_tiles<Kind>(W / L, W, moved, W, 1, by_row + p * W * W, W, some + p * W, padded, true);
+                }
+                for (int64_t i = 0; i < count; i++) {
+                    memcpy(at<float>(vectors, tile * MR + i, start), some + i * padded, sizeof(float) * left);
+                }
+            }
         }
     }
 }

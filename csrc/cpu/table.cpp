@@ -17,6 +17,7 @@ void dropout(const Matrix&, const Matrix&, double, uint64_t, bool, int);
 void tridiagonal_panel(const Matrix&, const Matrix&, const Matrix&, const Matrix&, const Matrix&, const Matrix&, int);
 bool tridiagonal_values(const Matrix&, const Matrix&);
 void tridiagonal_vectors(const Matrix&, const Matrix&, const Matrix&, const Matrix&, int);
+void tridiagonal_reflect(const Matrix&, const Matrix&, const Matrix&, int);
 
 namespace {
 
@@ -61,7 +62,8 @@ double peak_flops(Dtype dtype, double seconds, int threads) {
 extern const Kernels kTable;
 const Kernels kTable = {covariance_update, symmetrize,         quadratic_form,      null_project,
                         lora_linear,       scaled,             outer_product,       dropout,
-                        tridiagonal_panel, tridiagonal_values, tridiagonal_vectors, peak_flops};
+                        tridiagonal_panel, tridiagonal_values, tridiagonal_vectors, tridiagonal_reflect,
+                        peak_flops};
 
 }  // namespace GUARDSPACE_ISA
 }  // namespace guardspace

@@ -87,11 +87,9 @@ class _Tridiagonal:
         wanted = self.values[first:last].contiguous()
         views = _row(self.diagonal), _row(self.beside), _row(wanted), _cpu.view(of_T)
         _cpu.extension.tridiagonal_vectors(*views, torch.get_num_threads())
-        of_T = of_T.float()
-        E = torch.empty_like(of_T).T
-        E[0] = of_T[:, 0]
-        E[1:] = torch.ormqr(self.rows[: d - 1, 1:].T, self.tau, of_T[:, 1:].T)
-        return E
+        E = of_T.float()
+        _cpu.extension.tridiagonal_reflect(_cpu.view(self.rows), _row(self.tau), _cpu.view(E), torch.get_num_threads())
+        return E.T
 
 
 def _row(t: torch.Tensor) -> _cpu.View:
