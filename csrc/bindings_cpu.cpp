@@ -245,18 +245,19 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         kernels().lora_linear(layer, threads);
     });
-    m.def("layer_forward", [](const py::object& x, const py::object& A, const py::object& B, const py::object& basis,
-                              bool complement, const py::object& weight, const py::object& bias,
-                              const py::object& down, const py::object& up, double scale, const py::object& h,
-                              const py::object& y, int threads) {
-        return layer_forward(reader(), x, A, B, basis, complement, weight, bias, down, up, scale, h, y, threads);
-    });
-    m.def("layer_backward", [](const py::object& dy, const py::object& x, const py::object& h, int64_t rank,
-                               const py::object& basis, bool complement, const py::object& weight, const py::object& down,
-                               const py::object& up, double scale, const py::object& dx, const py::object& dA,
-                               const py::object& dB, int threads) {
-        return layer_backward(reader(), dy, x, h, rank, basis, complement, weight, down, up, scale, dx, dA, dB, threads);
-    });
+    m.def("layer_forward",
+          [](const py::object& x, const py::object& A, const py::object& B, const py::object& basis, bool complement,
+             const py::object& weight, const py::object& bias, const py::object& down, const py::object& up,
+             double scale, const py::object& h, const py::object& y, int threads) {
+              return layer_forward(reader(), x, A, B, basis, complement, weight, bias, down, up, scale, h, y, threads);
+          });
+    m.def("layer_backward",
+          [](const py::object& dy, const py::object& x, const py::object& h, int64_t rank, const py::object& basis,
+             bool complement, const py::object& weight, const py::object& down, const py::object& up, double scale,
+             const py::object& dx, const py::object& dA, const py::object& dB, int threads) {
+              return layer_backward(reader(), dy, x, h, rank, basis, complement, weight, down, up, scale, dx, dA, dB,
+                                    threads);
+          });
     m.def("tridiagonal_panel",
           [](const py::object& a, const py::object& v, const py::object& w, const py::object& diagonal,
              const py::object& beside, const py::object& tau, int threads) {

@@ -79,9 +79,9 @@ void add_beyond(const float* a, int64_t stride, int64_t n, int64_t r, int64_t c,
     }
 }
 
-// y += what the rows [first, last) of the upper triangle contribute to A x. Their diagonal is met in blocks of a vector's
-// lanes, so that where A and its stride are aligned all loads are: from the L3 cache 8 rows at once are read 1.3 times
-// as fast as 4 that are not.
+// y += what the rows [first, last) of the upper triangle contribute to A x. Their diagonal is met in blocks of a
+// vector's lanes, so that where A and its stride are aligned all loads are: from the L3 cache 8 rows at once are
+// read 1.3 times as fast as 4 that are not.
 void add_rows(const float* a, int64_t stride, int64_t n, int64_t first, int64_t last, const float* x, float* y) {
     constexpr int L = kLanes<float>, kRowsAtOnce = L < 8 ? L : 8;
     Vec<int32_t> lane;
@@ -128,7 +128,8 @@ void multiply(const float* a, int64_t stride, int64_t n, int64_t first, const fl
     }
 }
 
-// The rows of A from v.rows on += VᵀW + WᵀV = [V; W]ᵀ [W; V]: their upper triangle, and what lies beside it in its tiles.
+// The rows of A from v.rows on += VᵀW + WᵀV = [V; W]ᵀ [W; V]: their upper triangle, and what lies beside it in its
+// tiles.
 void update_rest(const Matrix& a, const Matrix& v, const Matrix& w, int threads) {
     using Kind = Real<float>;
     constexpr int W = kWidth<Kind>, MR = kRows<Kind>, L = kLanes<float>;

@@ -60,10 +60,10 @@ double peak_flops(Dtype dtype, double seconds, int threads) {
 }  // namespace
 
 extern const Kernels kTable;
-const Kernels kTable = {covariance_update, symmetrize,         quadratic_form,      null_project,
-                        lora_linear,       scaled,             outer_product,       dropout,
-                        tridiagonal_panel, tridiagonal_values, tridiagonal_vectors, tridiagonal_reflect,
-                        peak_flops};
+const Kernels kTable = {
+    covariance_update, symmetrize, quadratic_form,    null_project,       lora_linear,         scaled,
+    outer_product,     dropout,    tridiagonal_panel, tridiagonal_values, tridiagonal_vectors, tridiagonal_reflect,
+    peak_flops};
 
 }  // namespace GUARDSPACE_ISA
 }  // namespace guardspace
