@@ -16,8 +16,9 @@ from guardspace_kernels.guard.collecting.scout import distinct_inputs
 from guardspace_kernels.guard.layers import find_layers, linear_weight, unwrapped
 from guardspace_kernels.guard.null_space import null_space
 from guardspace_kernels.guard.passes import CollectionPlan, parse_bytes, plan_passes, show_bytes
-from guardspace_kernels.guard.planning import solve_bytes, solve_threads, use_threads
+from guardspace_kernels.guard.planning import solve_bytes, solve_threads
 from guardspace_kernels.guard.safety_subspace import DampedCovariance, trailing_subspace
+from guardspace_kernels.guard.threads import use_threads
 from guardspace_kernels.ops import covariance_update_
 
 # Solves of wider layers are timed at this width and scaled by the cube of the ratio.

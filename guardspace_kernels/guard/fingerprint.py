@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from guardspace_kernels.guard import forms
+from guardspace_kernels.guard.threads import use_threads
 from guardspace_kernels.guard.weights import weights_of
 
 #: Of the fingerprints that are made now. Those of version 1 marked the bits of parameters, whatever dtype held them.
@@ -23,6 +26,7 @@ _TABLE_WIDTH = 512
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Entries at a time: what a core caches, for each thread, and what fills a GPU.
 _CPU_BLOCK, _GPU_BLOCK = 2**18, 2**24
+_SPLIT = 2**15  # entries that torch splits among its threads
 
 
 def tensor_fingerprint(t: torch.Tensor) -> str:
@@ -66,6 +70,11 @@ class _BlockHash:
             if part is not None:
                 self._digest.update(part.cpu().numpy().tobytes())
         return self._digest.hexdigest()[:32]
+
+
+def _lies_here(t: torch.Tensor) -> bool:
+    """Whole, and in the memory of a CPU: not sharded, offloaded, or quantised behind a subclass."""
+    return t.device.type == "cpu" and type(t) in (torch.Tensor, nn.Parameter)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -216,23 +225,29 @@ class ModelFingerprint:
         for module in shards:
             module.reshard()  # the last forward may have left parameters gathered, in the dtype it computed in
         # A tied weight counts under each of its names: whether two are one tensor changes with where a model is kept.
-        known: dict[int, TensorMark | str] = {}
-        marks: dict[str, Any] = {}
+        known: dict[int, TensorMark | str | Future[TensorMark | str]] = {}
         mark_of: Callable[[torch.Tensor], TensorMark | str] = tensor_fingerprint if version == 1 else TensorMark.of
         weights = list(weights_of(model, adapted=adapted))  # all at once: an id is one tensor's while that lives
-        for weight in weights:
-            if version == 1 and not weight.is_parameter:
-                continue
-            if id(weight.tensor) not in known:
+        if version == 1:
+            weights = [weight for weight in weights if weight.is_parameter]
+        # One thread for each weight: those of one operation would wait for each other after every block.
+        with ThreadPoolExecutor(torch.get_num_threads(), initializer=partial(use_threads, 1)) as pool:
+            for weight in weights:
+                if id(weight.tensor) in known:
+                    continue
                 try:
-                    # No name for the values: the next ones would be gathered while it still held these.
-                    known[id(weight.tensor)] = mark_of(weight.values(model))
+                    if _lies_here(weight.tensor) and weight.tensor.numel() >= _SPLIT:
+                        known[id(weight.tensor)] = pool.submit(mark_of, weight.tensor)
+                    else:
+                        # No name for the values: the next ones would be gathered while it still held these.
+                        known[id(weight.tensor)] = mark_of(weight.values(model))
                 except (AssertionError, NotImplementedError) as error:  # of tensors that are not what they seem
                     raise TypeError(
                         f"weight {weight.name} is a {type(weight.tensor).__name__}, whose values cannot be read; load "
                         "the model without quantisation"
                     ) from error
-            marks[weight.name] = known[id(weight.tensor)]
+        found = {key: mark.result() if isinstance(mark, Future) else mark for key, mark in known.items()}
+        marks: dict[str, Any] = {weight.name: found[id(weight.tensor)] for weight in weights}
         hashes = marks if version == 1 else {name: mark.value for name, mark in marks.items()}
         of_layers = {name: hashes[f"{name}.weight"] for name in layers}
         return cls(_hash_of(hashes), of_layers, None if version == 1 else marks)

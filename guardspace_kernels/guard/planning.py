@@ -31,6 +31,7 @@ from guardspace_kernels.guard.plan import GuardConfig, GuardPlan, LayerPlan
 from guardspace_kernels.guard.safety_subspace import DampedCovariance, starting_factors, trailing_subspace_and_rows
 from guardspace_kernels.guard.sampling import FEWEST_PROMPTS
 from guardspace_kernels.guard.statistics import CalibrationStatistics, InputStatistics
+from guardspace_kernels.guard.threads import use_threads
 from guardspace_kernels.ops import null_project_
 from guardspace_kernels.ops._library import full_float32_products
 
@@ -289,26 +290,6 @@ def solve_threads(features: int, cores: int) -> int:
     """How many of so many cores the solves for an input take. On two, an eigendecomposition of 2816 columns is 2.1
     times as fast, one of 1536 columns 1.8 times, where two side by side are done in the time of one."""
     return max(1, min(features // _COLUMNS_PER_THREAD, cores))
-
-
-_changing_threads = threading.Lock()
-
-
-def use_threads(count: int) -> None:
-    """The calling thread, one of a pool, computes with that many from here on.
-
-    ``torch.set_num_threads`` sets what the calling thread uses and what later threads start with; a thread that ends at
-    once puts the latter back, so that neither other threads nor another pool ever start with them. Before, the calling
-    thread asks: the first to be asked, or to compute, would otherwise take the latter.
-    """
-    torch.get_num_threads()
-    with _changing_threads:
-        with ThreadPoolExecutor(1) as fresh:
-            threads = fresh.submit(torch.get_num_threads).result()
-        torch.set_num_threads(count)
-        restore = threading.Thread(target=torch.set_num_threads, args=(threads,))
-        restore.start()
-        restore.join()
 
 
 def _in_parallel(

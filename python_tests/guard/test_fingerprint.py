@@ -321,3 +321,20 @@ def test_marks_are_made_of_a_model_whose_weights_were_rounded():
         assert set(changes.values()) == {f"rounded to {str(dtype).removeprefix('torch.')}"}
         assert {f"{name}.weight" for name in LLAMA_LAYERS} < set(changes)
     assert collect(model, [batch_of()]).fingerprint == mine
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_weights_are_marked_side_by_side_and_nothing_else_changes(threads, monkeypatch):
+    model, before, seen = nn.Sequential(nn.Linear(256, 200), nn.Linear(200, 256)), torch.get_num_threads(), []
+    model[1].weight = nn.Parameter(torch.arange(51200.0).view(256, 200) / 7)
+    mark_of = TensorMark.of
+    monkeypatch.setattr(TensorMark, "of", lambda t: seen.append((t.numel(), torch.get_num_threads())) or mark_of(t))
+    torch.set_num_threads(threads)
+    try:
+        found = ModelFingerprint.of(model, ["0", "1"])
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(seen) == [(200, threads), (256, threads), (51200, 1), (51200, 1)]
+    assert found.weights == {name: mark_of(p) for name, p in model.named_parameters()}
+    assert list(found.weights) == [name for name, _ in model.named_parameters()]
