@@ -97,17 +97,14 @@ class OptimizerGuard:
                 # in the place of the one that it is given, which then never steps.
                 self._step_mode(False)
             return
-        for layer in self._layers:
-            object.__setattr__(layer, "was_trained", False)  # nn.Module's own takes longer than the projection
-        lost = [
-            layer
-            for layer, (A, tensor) in zip(self._layers, self._held, strict=True)
-            if layer.A is not A or A._cdata != tensor or id(A) not in held
-        ]
+        lost = 0
+        for layer, (A, tensor) in zip(self._layers, self._held, strict=True):
+            layer.__dict__["was_trained"] = False  # nn.Module's own way takes longer than the projection
+            lost += layer.A is not A or A._cdata != tensor or id(A) not in held
         try:
             if lost:
                 raise RuntimeError(
-                    f"the lora_A of {len(lost)} of {len(self._layers)} guarded layers was replaced since "
+                    f"the lora_A of {lost} of {len(self._layers)} guarded layers was replaced since "
                     f"{type(optimizer).__name__} was guarded, by a framework, a conversion or an edit of its groups. "
                     "The layers are back in forward mode, which is exact with every optimiser; guard an optimiser "
                     "after the last such change"

@@ -25,7 +25,7 @@ def orthonormal_error(basis: torch.Tensor) -> float:
     """max |QᵀQ z − z| over random signs z, which sees every wrong column; NaN if the basis (d, k) is not finite."""
     basis = basis.detach().to(compute_dtype(basis.dtype))
     generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "big"))  # nobody can prepare for it
-    z = torch.randint(2, (basis.shape[1], _PROBES), generator=generator).to(basis) * 2 - 1
+    z = torch.randint(2, (basis.shape[1], _PROBES), generator=generator, device="cpu").to(basis) * 2 - 1
     with full_float32_products():
         error = basis.T @ (basis @ z) - z
     return float(error.abs().max()) if error.numel() else 0.0

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 LIBRARY = torch.library.Library("guardspace", "DEF")
 
@@ -67,11 +69,16 @@ def plain_eager() -> bool:
     return not (
         torch.compiler.is_dynamo_compiling()  # every other compiler traces within a dispatch mode
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or (torch._C._len_torch_function_stack() and not _only_default_devices())
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state()
     )
+
+
+def _only_default_devices() -> bool:
+    """Whether no mode but ``torch.set_default_device`` or a device as a context sees what is called."""
+    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def differentiated(*tensors: torch.Tensor | None) -> bool:

@@ -221,7 +221,7 @@ def table(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor |
         if torch.cuda.is_current_stream_capturing():
             return _captured(rows, device)
         while len(_SPARE) < _SPARES:
-            _SPARE.append(torch.empty(GROUP * _WIDEST, dtype=torch.int64).pin_memory())
+            _SPARE.append(torch.empty(GROUP * _WIDEST, dtype=torch.int64, device="cpu").pin_memory())
         stream = torch.cuda.current_stream(device)
         sent = _kept(rows, device, lambda host: host.pin_memory().to(device, non_blocking=True), stream)
         sent.record_stream(stream)
@@ -237,7 +237,7 @@ def _kept(
     # Another stream, such as another thread's, would not wait for the copy, and read addresses that are not there yet.
     key = (device, stream, *map(tuple, rows))
     found = _TABLES.pop(key, None)
-    _TABLES[key] = found = send(torch.tensor(rows, dtype=torch.int64)) if found is None else found
+    _TABLES[key] = found = send(torch.tensor(rows, dtype=torch.int64, device="cpu")) if found is None else found
     if len(_TABLES) > _MOST_TABLES:
         _TABLES.popitem(last=False)
     return found
@@ -252,7 +252,7 @@ def _captured(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tens
         return found
     if not _SPARE:
         return None
-    numbers = torch.tensor(rows, dtype=torch.int64)
+    numbers = torch.tensor(rows, dtype=torch.int64, device="cpu")
     host = _SPARE.pop()[: numbers.numel()].view(numbers.shape).copy_(numbers)
     _CAPTURED.append(host)
     return torch.empty(host.shape, dtype=torch.int64, device=device).copy_(host, non_blocking=True)

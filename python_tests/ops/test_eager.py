@@ -133,6 +133,15 @@ def test_under_autocast_it_equals_the_op(inside):
     assert_same(ours, gradients(made.op))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_default_device_changes_nothing(dropout):
+    made, x = Made(dropout=dropout), torch.randn(2, 5, D_IN)
+    expected = made.gradients(made.op, x)
+    with torch.device("meta"):
+        assert_same(made.gradients(made.direct, x), expected)
+        assert_same(made.gradients(made.op, x), expected)
+
+
 def change_in_place(t):
     t.mul_(-2.0)
 

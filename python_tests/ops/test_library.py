@@ -9,7 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from backends import automatic
+from oracle import orthonormal
 
+import guardspace_kernels as gk
+from guardspace_kernels.ops import covariance_update_, null_project_
 from guardspace_kernels.ops._library import full_float32_products
 
 BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
@@ -73,3 +76,17 @@ def test_an_error_inside_restores_the_setting(matmul_precision):
     with pytest.raises(KeyError), full_float32_products():
         raise KeyError
     assert precisions() == before
+
+
+def test_a_default_device_is_not_where_tensors_on_another_compute():
+    Q, x = orthonormal(12, 5, torch.float32), torch.randn(7, 12)
+    G, C = x @ Q @ Q.T, torch.zeros(12, 12)
+    plain = gk.nn.ProjectedLoraLinear(torch.randn(4, 12), None, torch.randn(2, 12), torch.randn(4, 2), Q, dropout=0.5)
+    with torch.device("meta"):
+        projector = gk.nn.NullSpaceProjector(Q)  # checks that Q is orthonormal
+        null_project_(G, Q)
+        covariance_update_(C, x)
+        y = plain(x.requires_grad_())
+        y.sum().backward()
+    assert G.abs().max() < 1e-5 and projector.basis.device.type == y.device.type == x.grad.device.type == "cpu"
+    torch.testing.assert_close(C.tril(), (x.T @ x).detach().tril())

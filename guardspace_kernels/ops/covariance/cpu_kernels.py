@@ -47,7 +47,7 @@ def squared_drift(covariance: torch.Tensor, F: torch.Tensor, G: torch.Tensor) ->
     G = G.double()
     weighted = (F.T.double() @ F.double()) @ G
     energy = extension.quadratic_form(view(covariance), view(G), view(weighted), torch.get_num_threads())
-    return torch.tensor(energy, dtype=torch.float64)
+    return torch.tensor(energy, dtype=torch.float64, device="cpu")
 
 
 register(

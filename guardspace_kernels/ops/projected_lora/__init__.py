@@ -441,9 +441,9 @@ def projected_lora(
         if flag is not True and flag is not False:
             raise TypeError(f"{_OP}: {name} must be True or False, got {shown(flag)}")
     if dropout and seed is None:
-        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
     elif isinstance(seed, int):
-        seed = torch.tensor(seed, dtype=torch.int64)
+        seed = torch.tensor(seed, dtype=torch.int64, device="cpu")
     # The composite op only serves autocast and torch.ops: without them its call is skipped.
     compiled = torch.compiler.is_compiling()
     run = _op if compiled or torch.is_autocast_enabled(x.device.type) else _composite

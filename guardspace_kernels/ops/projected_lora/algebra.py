@@ -76,7 +76,8 @@ class Factors:
     def __init__(self, A: torch.Tensor, B: torch.Tensor, layer: Layer, dtype: torch.dtype) -> None:
         rank, frozen = len(A), 0 if layer.frozen_A is None else len(layer.frozen_A)
         self.rank = rank
-        self.scale = torch.tensor(layer.scale, dtype=compute_dtype(B.dtype))  # a number is made one in every product
+        # A number is made a tensor in every product.
+        self.scale = torch.tensor(layer.scale, dtype=compute_dtype(B.dtype), device="cpu")
         self.down = A.new_empty((rank + frozen, A.shape[1]), dtype=dtype)
         self.up = B.new_empty((B.shape[0], rank + frozen), dtype=dtype)
         self.A_P, self.B = self.down[:rank], self.up[:, :rank]

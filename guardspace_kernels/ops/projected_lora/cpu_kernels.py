@@ -210,7 +210,7 @@ def layer_backward(
 
 def masked(x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
     """``drop(x)``."""
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = x.new_empty(x.shape)
     extension.dropout(view(x), view(out), dropout.p, int(dropout.seed), False, torch.get_num_threads())
     return out
 

@@ -160,7 +160,7 @@ def _forward(ctx: Any, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, call: 
     if dropout:
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"{_OP}: dropout must be in [0, 1), got {dropout}")
-        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
         layer = layer._replace(dropout=Dropout(dropout, seed))
     primitives = factors.primitives
     found = None if primitives.layer_forward is None else primitives.layer_forward(x, A, B, factors, layer)
