@@ -5,21 +5,25 @@
 //
 // Both write nothing and return false unless all are dense tensors on the CPU that fit each other.
 #pragma once
-#include <vector>
+#include <memory>
 
 #include "cpu/dispatch.h"
 #include "tensors.h"
 
 namespace guardspace {
 
-inline bool has_shape(const Matrix& m, int64_t rows, int64_t cols) { return m.rows == rows && m.cols == cols; }
+inline bool has_shape(const Matrix& m, int64_t rows, int64_t cols) {
+    return m.rows == rows && m.cols == cols;
+}
 
 inline Matrix first_columns(Matrix m, int64_t count) {
     m.cols = count;
     return m;
 }
 
-inline Matrix flipped(const Matrix& m) { return {m.data, m.dtype, m.cols, m.rows, m.col_stride, m.row_stride}; }
+inline Matrix flipped(const Matrix& m) {
+    return {m.data, m.dtype, m.cols, m.rows, m.col_stride, m.row_stride};
+}
 
 // Whether the kernels read the basis in place beside a matrix (r, d) of this dtype: it has that precision, or float32.
 inline bool fits(const Matrix& basis, Dtype dtype, int64_t d) {
@@ -33,9 +37,8 @@ struct LayerFactors {
 
     bool read(const Reader& reader, py::handle w, py::handle d, py::handle u, py::handle q, Dtype dtype) {
         return reader.read_matrix(w, weight) && reader.read_matrix(d, down) && reader.read_matrix(u, up) &&
-               (q.is_none() || reader.read_matrix(q, basis)) &&
-               weight.dtype == dtype && down.dtype == dtype && up.dtype == dtype &&
-               has_shape(weight, up.rows, down.cols) && down.rows == up.cols;
+               (q.is_none() || reader.read_matrix(q, basis)) && weight.dtype == dtype && down.dtype == dtype &&
+               up.dtype == dtype && has_shape(weight, up.rows, down.cols) && down.rows == up.cols;
     }
 };
 
@@ -58,12 +61,11 @@ inline bool layer_forward(const Reader& reader, py::handle x, py::handle A, py::
         }
     }
     bool folds = !basis.is_none();
-    auto scales = [&](const Matrix& m) {
-        return m.dtype == kFloat64 || m.dtype == kFloat32 || m.dtype == dtype;
-    };
+    auto scales = [&](const Matrix& m) { return m.dtype == kFloat64 || m.dtype == kFloat32 || m.dtype == dtype; };
     if (!has_shape(a, b.cols, d_in) || !has_shape(b, d_out, a.rows) || a.rows > factors.down.rows || !scales(a) ||
-        !scales(b) || (folds && !fits(factors.basis, a.dtype, d_in)) || layer.x.cols != d_in || layer.h.dtype != dtype ||
-        layer.y.dtype != dtype || !has_shape(layer.h, tokens, factors.down.rows) || !has_shape(layer.y, tokens, d_out)) {
+        !scales(b) || (folds && !fits(factors.basis, a.dtype, d_in)) || layer.x.cols != d_in ||
+        layer.h.dtype != dtype || layer.y.dtype != dtype || !has_shape(layer.h, tokens, factors.down.rows) ||
+        !has_shape(layer.y, tokens, d_out)) {
         return false;
     }
     layer.w = factors.weight;
@@ -91,25 +93,26 @@ inline bool layer_backward(const Reader& reader, py::handle dy, py::handle x, py
     Matrix g, tokens, first, to_x{}, to_A{}, to_B{};
     LayerFactors factors;
     if (!reader.read_rows(dy, g) || !reader.read_rows(x, tokens) || !reader.read_matrix(h, first) ||
-        !factors.read(reader, weight, down, up, basis, g.dtype) ||
-        (!dx.is_none() && !reader.read_rows(dx, to_x)) || (!dA.is_none() && !reader.read_matrix(dA, to_A)) ||
-        (!dB.is_none() && !reader.read_matrix(dB, to_B))) {
+        !factors.read(reader, weight, down, up, basis, g.dtype) || (!dx.is_none() && !reader.read_rows(dx, to_x)) ||
+        (!dA.is_none() && !reader.read_matrix(dA, to_A)) || (!dB.is_none() && !reader.read_matrix(dB, to_B))) {
         return false;
     }
     int64_t all = factors.down.rows, T = g.rows, d_in = factors.down.cols, d_out = factors.up.rows;
     bool folds = !basis.is_none() && to_A.data;
-    if (g.cols != d_out || rank > all || rank > first.cols || !has_shape(tokens, T, d_in) || first.rows != T || tokens.dtype != g.dtype ||
-        first.dtype != g.dtype || (to_x.data && (to_x.dtype != g.dtype || !has_shape(to_x, T, d_in))) ||
+    if (g.cols != d_out || rank > all || rank > first.cols || !has_shape(tokens, T, d_in) || first.rows != T ||
+        tokens.dtype != g.dtype || first.dtype != g.dtype ||
+        (to_x.data && (to_x.dtype != g.dtype || !has_shape(to_x, T, d_in))) ||
         (to_A.data && !has_shape(to_A, rank, d_in)) || (to_B.data && !has_shape(to_B, d_out, rank)) ||
         (folds && !fits(factors.basis, to_A.dtype, d_in))) {
         return false;
     }
     py::gil_scoped_release release;
     const Kernels& run = kernels();
-    std::vector<double> memory(static_cast<size_t>(T * all));  // in whatever dtype it is needed
-    Matrix dh{memory.data(), g.dtype, T, all, all, 1};
+    std::unique_ptr<double[]> memory(new double[static_cast<size_t>(T * all)]);  // for entries of any dtype
+    Matrix dh{memory.get(), g.dtype, T, all, all, 1};
     if (to_x.data) {
-        run.lora_linear({g, flipped(factors.weight), {}, flipped(factors.up), flipped(factors.down), dh, to_x}, threads);
+        run.lora_linear({g, flipped(factors.weight), {}, flipped(factors.up), flipped(factors.down), dh, to_x},
+                        threads);
     } else if (to_A.data) {
         Matrix none{nullptr, g.dtype, T, 0, 0, 1}, no_up{nullptr, g.dtype, all, 0, 0, 1};
         run.lora_linear({g, flipped(factors.up), {}, {}, no_up, none, dh}, threads);

@@ -14,7 +14,7 @@ const Kernels& kernels();
 const char* isa();
 
 std::vector<std::string> supported_isas();
-bool amd();  // whether AMD made the CPU
+bool amd();                             // whether AMD made the CPU
 void use_isa(const std::string& name);  // for the whole process
 
 }  // namespace guardspace

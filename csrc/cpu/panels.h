@@ -1,8 +1,8 @@
 // Matrix products of packed panels: the one inner loop that all kernels share.
 //
-// A panel holds up to kWidth columns of a (K, n) operand as [k][kWidth], zero beyond the end up to a whole vector. A product AᵀB of two
-// panels is a kWidth × kWidth tile: rows of A's are broadcast, rows of B's are vectors. For bfloat16 an element is a
-// pair of consecutive k, as the instruction vdpbf16ps wants them.
+// A panel holds up to kWidth columns of a (K, n) operand as [k][kWidth], zero beyond the end up to a whole vector. A
+// product AᵀB of two panels is a kWidth × kWidth tile: rows of A's are broadcast, rows of B's are vectors. For bfloat16
+// an element is a pair of consecutive k, as the instruction vdpbf16ps wants them.
 #pragma once
 
 #include <utility>

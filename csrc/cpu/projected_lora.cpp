@@ -74,8 +74,9 @@ void linear(const LoraLinear& layer, int threads) {
                     pack_columns<Kind>(ws + p * size, window(layer.w, n0, 0), count, K);
                     pack_columns<Kind>(ws + p * size + base * W, window(layer.up, n0, 0), count, R);
                 }
-                // Columns in groups, so that there are enough tasks for every thread where tokens are few, and no thread
-                // waits long for the last one: of 8 panels, the last half full, one of two threads took 4, the other 3½.
+                // Columns in groups, so that there are enough tasks for every thread where tokens are few, and no
+                // thread waits long for the last one: of 8 panels, the last half full, one of two threads took 4, the
+                // other 3½.
                 int64_t groups = min(columns, max<int64_t>(1, ceil_div(16 * threads, panels)));
 #pragma omp for schedule(dynamic)
                 for (int64_t task = 0; task < panels * groups; task++) {

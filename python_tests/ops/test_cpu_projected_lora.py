@@ -194,7 +194,7 @@ def test_which_layers_are_one_call_follows_the_rule(monkeypatch):
         cpu_kernels.tokens_of_one_call.cache_clear()
 
         def most(dtype, d_in, d_out):
-            return cpu_kernels.tokens_of_one_call(dtype, d_in, d_out, cpu.isa())  # noqa: B023
+            return cpu_kernels.tokens_of_one_call(dtype, d_in, d_out)
 
         native, never = cpu.isa() == "avx512_bf16", (1, 0)
         if native and cpu.amd():

@@ -29,9 +29,9 @@ def slow_in_pytorch(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 or (dtype == torch.bfloat16 and "avx512_bf16" not in extension.supported_isas())
 
 
-def _wider_than_mkl(isa: str) -> bool:
+def _wider_than_mkl() -> bool:
     """Whether the kernels take wider vectors than MKL, which uses 256 bits on CPUs of AMD."""
-    return isa.startswith("avx512") and bool(extension.amd())
+    return bool(extension.isa().startswith("avx512") and extension.amd())
 
 
 def uses_own_product(dtype: torch.dtype, tokens: int, d_in: int, d_out: int) -> bool:
@@ -45,7 +45,7 @@ def uses_own_product(dtype: torch.dtype, tokens: int, d_in: int, d_out: int) -> 
     worth packing W for.
     """
     if dtype is torch.float32 or dtype is torch.float64:
-        if tokens >= 128 and d_in * d_out >= 2**18 and _wider_than_mkl(extension.isa()):
+        if tokens >= 128 and d_in * d_out >= 2**18 and _wider_than_mkl():
             return True
         return d_out >= 1024 and d_out >= d_in and tokens * d_out >= 2**19
     if slow_in_pytorch(dtype):
@@ -139,7 +139,7 @@ def fold(A: torch.Tensor, basis: torch.Tensor, complement: bool, out: torch.Tens
 
 
 @lru_cache(maxsize=1024)
-def tokens_of_one_call(dtype: torch.dtype, d_in: int, d_out: int, isa: str) -> tuple[int, int]:
+def tokens_of_one_call(dtype: torch.dtype, d_in: int, d_out: int) -> tuple[int, int]:
     """The fewest and the most tokens of which the layer is one call of the C++ kernels.
 
     Beside the calls it spares reading x and dy twice, and loses what packing W takes. Measured on an AMD CPU of two
@@ -154,7 +154,7 @@ def tokens_of_one_call(dtype: torch.dtype, d_in: int, d_out: int, isa: str) -> t
     if dtype is torch.bfloat16:
         products = 2**22 if torch.cpu._is_amx_tile_supported() else 2**28
         return 1, products // weights if weights <= 2**20 else 0
-    if _wider_than_mkl(isa):
+    if _wider_than_mkl():
         return -(-weights // 2**15), 2048
     return 1, 2**18 // weights if weights <= 2**15 else 0
 
@@ -166,7 +166,7 @@ def _one_call(x: torch.Tensor, layer: Layer) -> bool:
     d_out, d_in = layer.weight.shape
     if not d_in or not d_out:
         return False
-    fewest, most = tokens_of_one_call(x.dtype, d_in, d_out, extension.isa())
+    fewest, most = tokens_of_one_call(x.dtype, d_in, d_out)
     return fewest * d_in <= x.numel() <= most * d_in
 
 
