@@ -239,7 +239,7 @@ def test_a_call_that_does_not_fit_writes_nothing(what):
 
 @pytest.mark.parametrize("adapter", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_adapters_of_every_dtype(isa, dtype, adapter):
+def test_adapters_of_every_dtype(isa, dtype, adapter, monkeypatch):
     for T, d_in, d_out, r in ((1, 48, 20, 3), (50, 33, 98, 49)):
         call = layer(dtype, r, d_in, d_out, basis=True, frozen=True, adapter=adapter)
         x, dy = torch.randn(T, d_in).to(dtype), torch.randn(T, d_out).to(dtype)
@@ -249,6 +249,9 @@ def test_adapters_of_every_dtype(isa, dtype, adapter):
         truth = textbook(x, call, torch.float64)
         for ours, true in zip(results, gradients(truth[0], truth[1:], dy), strict=True):
             assert error(ours, true) < 4 * rounding
+        in_one_call(monkeypatch, True)
+        assert same(results, run(x, call, dy))
+        in_one_call(monkeypatch, False)
 
 
 #: From n, which draws a tensor of a shape, and the size.
@@ -265,7 +268,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides_change_nothing(isa, layout, dtype, dropout):
+def test_strides_change_nothing(isa, layout, dtype, dropout, monkeypatch):
     more = {"dropout": dropout, "seed": 5} if dropout else {}
     for T, d_in, d_out, r in ((1, 7, 5, 3), (50, 97, 49, 49)):
 
@@ -276,14 +279,18 @@ def test_strides_change_nothing(isa, layout, dtype, dropout):
         call["weight"], call["bias"] = laid_out(d_out, d_in), laid_out(2, d_out)[1]
         call["lora_A"], call["lora_B"] = laid_out(r, d_in), laid_out(d_out, r)
         plain = {name: t.contiguous() if isinstance(t, torch.Tensor) else t for name, t in call.items()}
-        assert same(run(x, call, dy, **more), run(x.contiguous(), plain, dy.contiguous(), **more))
+        in_one_call(monkeypatch, True)
+        ours = run(x, call, dy, **more)
+        in_one_call(monkeypatch, False)
+        assert same(ours, run(x.contiguous(), plain, dy.contiguous(), **more))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_subset_of_the_gradients_is_that_of_all(isa, dtype, dropout):
+def test_every_subset_of_the_gradients_is_that_of_all(isa, dtype, dropout, monkeypatch):
     x, call, dy = torch.randn(50, 97).to(dtype), layer(dtype, 17, 97, 49, **PARTS[2]), torch.randn(50, 49).to(dtype)
     everything = run(x, call, dy, dropout=dropout, seed=3)
+    in_one_call(monkeypatch, True)
     for needs in itertools.product((True, False), repeat=3):
         y, *grads = run(x, call, dy, needs, dropout=dropout, seed=3)
         assert same_bits(y, everything[0])

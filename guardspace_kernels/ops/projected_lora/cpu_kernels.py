@@ -144,9 +144,9 @@ def tokens_of_one_call(dtype: torch.dtype, d_in: int, d_out: int) -> tuple[int, 
 
     Beside the calls it spares reading x and dy twice, and loses what packing W takes. Measured on an AMD CPU of two
     cores with MKL and oneDNN of torch 2.13, forward and backward, r = 16, one thread and two. float32 with AVX-512: 0.7
-    to 1.0 of the time in this range. float32 with AVX2: 0.8 to
-    0.95. bfloat16: 0.35 to 1.0; where oneDNN multiplies tiles (AMX, not measured) its fixed cost alone is spared.
-    Where PyTorch has no fast product of the dtype the range has no end.
+    to 1.0 of the time in this range. float32 with AVX2: 0.8 to 0.95. bfloat16: 0.35 to 1.0; where oneDNN multiplies
+    tiles (AMX, not measured) its fixed cost alone is spared. Where PyTorch has no fast product of the dtype the range
+    has no end.
     """
     weights = d_in * d_out
     if slow_in_pytorch(dtype):
@@ -195,7 +195,7 @@ def layer_backward(
     layer: Layer,
     needs: Sequence[bool],
 ) -> Gradients | None:
-    if not _one_call(x, layer) or (A.dtype is not x.dtype and A.dtype is not torch.float32):
+    if not _one_call(x, layer) or compute_dtype(A.dtype, x.dtype) is not A.dtype:  # dA would be rounded twice
         return None
     needs_x, needs_A, needs_B = needs
     dx = torch.empty_like(x) if needs_x else None
