@@ -73,6 +73,7 @@ def case_table(rows: list[Row], markdown: bool) -> str:
     header += [*(_SHARES[key] for key in shares), "error", *(key.replace("_", " ") for key in facts)]
     if any(row["refused"] for row in rows):
         header.append("refused")
+    beside = numbers.get(yardsticks[0], {}) if yardsticks else {}
     lines = []
     for row in rows:
         error = "–" if row["error"] is None else f"{row['error']:.0e}"
@@ -85,7 +86,7 @@ def case_table(rows: list[Row], markdown: bool) -> str:
         for name in yardsticks:
             line.append(f"{numbers[name]['seconds'] / row['seconds']:.2f}" if name in numbers else "–")
         line += [*(f"{row[key]:.0%}" for key in shares), error]
-        line += [_fact(key, row, numbers.get(yardsticks[0], {})) for key in facts]
+        line += [_fact(key, row, beside) for key in facts]
         lines.append([*line, *[""] * (len(header) - len(line))])
     return table(header, lines, markdown)
 
