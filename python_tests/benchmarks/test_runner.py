@@ -294,3 +294,8 @@ def test_a_part_of_a_case_is_extrapolated_and_says_so(monkeypatch):
     assert "share" not in whole and part["share"] == 0.25
     assert whole["seconds"] == 3.0 and part["seconds"] == 12.0 and part["rounds"] == 1
     assert "25%" in run.case_table([whole, part], False)
+
+
+def test_a_table_of_contestants_without_their_yardstick_has_their_facts(case):
+    table = run.case_table([rows_of(case)["ours"]], False)
+    assert "saved" in table and not any(f"× {name}" in table for name in run.YARDSTICKS["projected_lora"])
