@@ -210,6 +210,7 @@ def test_which_layers_are_one_call_follows_the_rule(monkeypatch):
             tiles.clear()
         else:
             assert most(torch.bfloat16, 2048, 2048) == (8, sys.maxsize)
+            assert most(torch.bfloat16, 128, 128) == (1, sys.maxsize)
     cpu_kernels.tokens_of_one_call.cache_clear()
 
 

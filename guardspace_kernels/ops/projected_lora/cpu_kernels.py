@@ -150,7 +150,7 @@ def tokens_of_one_call(dtype: torch.dtype, d_in: int, d_out: int) -> tuple[int, 
     """
     weights = d_in * d_out
     if slow_in_pytorch(dtype):
-        return (1 if dtype is torch.float16 else 8), sys.maxsize
+        return (1 if dtype is torch.float16 or weights <= 2**14 else 8), sys.maxsize
     if dtype is torch.bfloat16:
         products = 2**22 if torch.cpu._is_amx_tile_supported() else 2**28
         return 1, products // weights if weights <= 2**20 else 0
