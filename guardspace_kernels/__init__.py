@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from guardspace_kernels.guard.prompt_files import read_prompts
     from guardspace_kernels.guard.statistics import CalibrationStatistics
     from guardspace_kernels.integrations.chat import prompt_batches
+    from guardspace_kernels.integrations.monitor import DriftMonitor
     from guardspace_kernels.integrations.optim import GuardedAdamW, guard_optimizer
     from guardspace_kernels.integrations.peft import attach_guard
     from guardspace_kernels.integrations.transformers import GuardCallback
@@ -48,6 +49,7 @@ _LAZY = {
     "GuardedAdamW": "integrations.optim",
     "guard_optimizer": "integrations.optim",
     "GuardCallback": "integrations.transformers",
+    "DriftMonitor": "integrations.monitor",
 }
 
 __all__ = ["dispatch", "nn", "ops", "use_backend", *_LAZY]

@@ -180,6 +180,17 @@ def table(things):
                 "max_drift": [*NO_NUMBER[1:], NAN, INF, -1],
             },
         ),
+        "DriftMonitor": (
+            gk.DriftMonitor,
+            {"stats": t.stats},
+            {
+                "stats": no_stats(t),
+                "every": [*NO_INTEGER, 0, -1],
+                "max_drift": [*NO_NUMBER[1:], NAN, INF, -1],
+                "per_layer": NO_BOOL,
+            },
+        ),
+        "DriftMonitor.__call__": (gk.DriftMonitor(t.stats), {"model": t.guarded}, {"model": [*NO_MODULE, t.model]}),
         "export_lora": (
             gk.export_lora,
             {"model": t.guarded, "path": t.folder, "stats": t.stats},
@@ -445,16 +456,16 @@ def told(value):
 
 
 NAMES = [
-    "collect_statistics", "plan_guard", "attach_guard", "certify", "export_lora", "GuardConfig",
-    "GuardConfig(rule='rank')", "GuardPlan.load", "GuardPlan.save", "GuardPlan.space_of", "CalibrationStatistics.load",
-    "CalibrationStatistics.save", "CalibrationStatistics.merge", "CalibrationStatistics.for_layer", "DriftReport.save",
-    "ExportReport.save", "GuardedAdamW", "guard_optimizer", "read_prompts", "prompt_batches", "inspect_statistics",
-    "use_backend", "ops.covariance_update_", "ops.squared_drift", "ops.symmetrize_", "ops.null_project_",
-    "ops.null_project_ of a list", "ops.projected_lora", "ops.projected_lora with dropout", "ops.projected_adamw_",
-    "nn.NullSpaceProjector", "nn.NullSpaceProjector.forward", "nn.NullSpaceProjector.project_",
-    "nn.ProjectedLoraLinear", "nn.ProjectedLoraLinear.from_linear", "nn.FusedProjectedLoraLinear.from_linears",
-    "nn.CovarianceAccumulator", "nn.CovarianceAccumulator.update", "nn.CovarianceAccumulator.attach",
-    "nn.CovarianceAccumulator.masked",
+    "collect_statistics", "plan_guard", "attach_guard", "certify", "DriftMonitor", "DriftMonitor.__call__",
+    "export_lora", "GuardConfig", "GuardConfig(rule='rank')", "GuardPlan.load", "GuardPlan.save", "GuardPlan.space_of",
+    "CalibrationStatistics.load", "CalibrationStatistics.save", "CalibrationStatistics.merge",
+    "CalibrationStatistics.for_layer", "DriftReport.save", "ExportReport.save", "GuardedAdamW", "guard_optimizer",
+    "read_prompts", "prompt_batches", "inspect_statistics", "use_backend", "ops.covariance_update_",
+    "ops.squared_drift", "ops.symmetrize_", "ops.null_project_", "ops.null_project_ of a list", "ops.projected_lora",
+    "ops.projected_lora with dropout", "ops.projected_adamw_", "nn.NullSpaceProjector", "nn.NullSpaceProjector.forward",
+    "nn.NullSpaceProjector.project_", "nn.ProjectedLoraLinear", "nn.ProjectedLoraLinear.from_linear",
+    "nn.FusedProjectedLoraLinear.from_linears", "nn.CovarianceAccumulator", "nn.CovarianceAccumulator.update",
+    "nn.CovarianceAccumulator.attach", "nn.CovarianceAccumulator.masked",
 ]  # fmt: skip
 
 

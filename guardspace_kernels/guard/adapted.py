@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +23,17 @@ class AdaptedLayer:
     """A linear layer with a low-rank change: ``ΔW = F G`` against ``weight`` W (d_out, d_in)."""
 
     module: nn.Module
-    weight: torch.Tensor
+    read_weight: Callable[[], torch.Tensor]
     F: torch.Tensor
     G: torch.Tensor
     dtype: torch.dtype
     projector: NullSpaceProjector | None
     fan_in_fan_out: bool
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W, gathered or copied to the adapter's device where it lies elsewhere, at every access."""
+        return self.read_weight()
 
     def leak(self, F: torch.Tensor, G: torch.Tensor) -> float:
         """``‖F G (I − P)‖_F / ‖F G‖_F`` of this layer's factors as they were rounded; 0 for a layer without a
@@ -74,8 +81,9 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     for name, module in named.items():
         if isinstance(module, ProjectedLoraLinear):
             F, G = module.delta_factors()
-            weight, dtype, projector = module.weight.detach(), module.lora_A.dtype, module.projector
-            found[name] = AdaptedLayer(module, weight, F, G, dtype, projector, False)
+            found[name] = AdaptedLayer(
+                module, module.weight.detach, F, G, module.lora_A.dtype, module.projector, False
+            )  # fmt: skip
         elif _is_adapted(module):
             found[name] = _peft_layer(name, module)
         if name in found and not all(torch.isfinite(t).all() for t in (found[name].F, found[name].G)):
@@ -104,7 +112,7 @@ def _peft_layer(name: str, module: Any) -> AdaptedLayer:
     if hasattr(module, "delta_factors"):
         F, G = module.delta_factors()
         return AdaptedLayer(
-            module, module.base_weight(), F, G, module.A.dtype, module.projector, module.fan_in_fan_out
+            module, module.base_weight, F, G, module.A.dtype, module.projector, module.fan_in_fan_out
         )  # fmt: skip
     if not (isinstance(base, nn.Linear) or is_conv1d(base)):
         raise ValueError(
@@ -121,6 +129,9 @@ def _peft_layer(name: str, module: Any) -> AdaptedLayer:
     if A.is_meta or B.is_meta:
         raise ValueError(f"layer {name}: its adapter is on the meta device, without values; load it first")
     F, G = module.scaling[active[0]] * B.float(), A.float()
+    return AdaptedLayer(module, partial(_base_weight, base), F, G, A.dtype, None, is_conv1d(base))
+
+
+def _base_weight(base: Any) -> torch.Tensor:
     weight = parameter_values(base, "weight", base.weight).detach()
-    transposed = is_conv1d(base)
-    return AdaptedLayer(module, weight.T if transposed else weight, F, G, A.dtype, None, transposed)
+    return weight.T if is_conv1d(base) else weight

@@ -23,7 +23,8 @@ from guardspace_kernels.nn import NullSpaceProjector
 from guardspace_kernels.ops import covariance_update_, squared_drift
 
 
-def _squared_drift(F: torch.Tensor, G: torch.Tensor, covariance: torch.Tensor) -> float:
+def squared_change(F: torch.Tensor, G: torch.Tensor, covariance: torch.Tensor) -> float:
+    """``‖F G X‖_F² = Σ (FᵀF) ∘ (G C Gᵀ)``."""
     return max(float(squared_drift(covariance.to(G.device), F, G)), 0.0)
 
 
@@ -38,7 +39,7 @@ def squared_output(weight: torch.Tensor, covariance: torch.Tensor) -> float:
 
 def relative_drift(F: torch.Tensor, G: torch.Tensor, weight: torch.Tensor, covariance: torch.Tensor) -> float:
     """``‖F G X‖_F / ‖W X‖_F``."""
-    return root_ratio(_squared_drift(F, G, covariance), squared_output(weight, covariance))
+    return root_ratio(squared_change(F, G, covariance), squared_output(weight, covariance))
 
 
 def certify(
@@ -88,12 +89,7 @@ def certify(
     answer_tokens = integer("answer_tokens", answer_tokens, 1)
     if max_drift is not None:
         max_drift = number("max_drift", max_drift, "a number of 0 or more", lambda x: x >= 0)
-    layers, model = adapted_layers(model), peft_model(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no adapted layer; nothing to certify")
-    off = [name for name, layer in layers.items() if getattr(layer.module, "disable_adapters", False)]
-    if off:
-        raise ValueError(f"layer {off[0]}: its adapter is switched off; certify the model as it will be used")
+    layers, model = judged_layers(model), peft_model(model)
     plan = _plan_for(model, plan)
     if plan is not None:
         layers = {name: _under_plan(name, layer, plan) for name, layer in layers.items()}
@@ -109,8 +105,19 @@ def certify(
         measure_heldout(model, layers, {row.name: row for row in rows}, heldout, answer_tokens, report)
     failure = report.failure(max_drift)
     if max_drift is not None and failure:
-        raise DriftExceededError(failure, report)
+        raise DriftExceededError(failure, report, {row.name: row.drift for row in rows})
     return report
+
+
+def judged_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """Its adapted layers; ValueError if there is none, or if an adapter is switched off."""
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError(f"{type(peft_model(model)).__name__} has no adapted layer; nothing to certify")
+    off = [name for name, layer in layers.items() if getattr(layer.module, "disable_adapters", False)]
+    if off:
+        raise ValueError(f"layer {off[0]}: its adapter is switched off; certify the model as it will be used")
+    return layers
 
 
 def _plan_for(model: nn.Module, plan: GuardPlan | None) -> GuardPlan | None:
@@ -154,10 +161,7 @@ def _add_notes(
         report.notes.append(f"{len(plan.left_out)} layers are left out of the plan and stay frozen")
     if stats.weighting:
         report.notes.append(f"the calibration tokens are weighted by kind, as in the statistics: {stats.weighting}")
-    blank = sum(stats.for_layer(name).tokens == 0 for name in layers)
-    if blank == len(layers):
-        raise ValueError("no adapted layer read a calibration token, so that nothing can be told; collect on others")
-    if blank:
+    if blank := blank_layers(layers, stats):
         report.notes.append(f"{blank} layers read none of the calibration tokens: their drift says nothing")
     since_plan = "" if plan is None else _rounded_to(plan.model.differences(stats.fingerprint))
     if since_plan:
@@ -172,6 +176,14 @@ def _add_notes(
             "were collected: drift is what the adapter does to the rounded model, at inputs of the one before; what "
             "rounding itself does is not in it, nor in numbers on held-out prompts"
         )
+
+
+def blank_layers(layers: dict[str, AdaptedLayer], stats: CalibrationStatistics) -> int:
+    """How many of them read no calibration token; ValueError if none did."""
+    blank = sum(stats.for_layer(name).tokens == 0 for name in layers)
+    if blank == len(layers):
+        raise ValueError("no adapted layer read a calibration token, so that nothing can be told; collect on others")
+    return blank
 
 
 def check_statistics(
@@ -259,7 +271,7 @@ def covariances(
         readers.setdefault(id(stats.for_layer(name)), []).append(name)
     for names in readers.values():
         entry = stats.for_layer(names[0])
-        yield names, entry, checked_covariance(names[0], entry, layers[names[0]].weight.device).double()
+        yield names, entry, checked_covariance(names[0], entry, layers[names[0]].G.device).double()
 
 
 def _certify_layers(layers: dict[str, AdaptedLayer], stats: CalibrationStatistics) -> list[LayerDrift]:
@@ -295,7 +307,7 @@ def _certify_layer(
         moved = (sinks @ layer.G.double().T) @ layer.F.double().T
         kept = sinks @ layer.weight.double().T
         sink_drift = float((moved.norm(dim=1) / kept.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)).max())
-    drift = root_ratio(_squared_drift(layer.F, layer.G, C), output)
+    drift = root_ratio(squared_change(layer.F, layer.G, C), output)
     return LayerDrift(name, drift, root_ratio(spectral**2 * free_energy, output), sink_drift)
 
 

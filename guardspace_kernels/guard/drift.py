@@ -12,11 +12,16 @@ from guardspace_kernels.guard.atomic import write_json
 
 
 class DriftExceededError(RuntimeError):
-    """Less is promised than ``max_drift`` asks for; ``report`` holds the whole :class:`DriftReport`."""
+    """Less is promised than ``max_drift`` asks for.
 
-    def __init__(self, message: str, report: DriftReport) -> None:
+    Attributes:
+        report: the whole :class:`DriftReport` of ``certify``; None where a monitor raised it.
+        drift: layer -> its drift on the calibration tokens.
+    """
+
+    def __init__(self, message: str, report: DriftReport | None, drift: dict[str, float]) -> None:
         super().__init__(message)
-        self.report = report
+        self.report, self.drift = report, drift
 
 
 @dataclass
@@ -93,7 +98,7 @@ class DriftReport:
         Whatever the bound, nothing is where another weight is not the base model's or a number is not finite.
         """
         if self.changed:
-            return f"{_some(self.changed)} beside the adapter: nothing is promised of this model"
+            return f"{in_words(self.changed)} beside the adapter: nothing is promised of this model"
         drift, where = self.max_drift, f"layer {self.worst.name} drifts by {self.max_drift:.2e} on harmful prompts"
         if not math.isfinite(drift):
             return f"{where}: nothing is promised of it"
@@ -139,7 +144,7 @@ class DriftReport:
                 f"{self.heldout.answer_logprob_change:+.3g}"
             )
         if self.changed:
-            lines.append(f"{_some(self.changed)} beside the adapter: nothing is promised of this model")
+            lines.append(f"{in_words(self.changed)} beside the adapter: nothing is promised of this model")
         return "\n".join([*lines, *self.notes])
 
 
@@ -155,7 +160,7 @@ def largest(values: Iterable[float]) -> float:
     return max(values, key=lambda value: (math.isnan(value), value))
 
 
-def _some(changed: dict[str, str]) -> str:
+def in_words(changed: dict[str, str]) -> str:
     """A few of them in words."""
     shown = ", ".join(f"{name} ({what})" for name, what in [*changed.items()][:3])
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
