@@ -24,11 +24,12 @@ LAYERS = {
     "nn": 2,
     "guard": 3,
     "integrations": 4,
-    "demo": 5,
-    "env_report": 5,
-    "cli": 6,
-    "commands": 6,
-    "__main__": 7,
+    "evaluate": 5,
+    "demo": 6,
+    "env_report": 6,
+    "cli": 7,
+    "commands": 7,
+    "__main__": 8,
 }
 FACADE = {"__main__", "cli", "demo", "env_report"}  # may import guardspace_kernels itself, as any user
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .generation import Tick, generate
+from guardspace_kernels.evaluate.generation import Tick, generate
+
 from .training import encode_prompt
 
 _REFUSALS = (

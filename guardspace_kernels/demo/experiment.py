@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 import guardspace_kernels as gk
+from guardspace_kernels.evaluate.generation import left_padded
 from guardspace_kernels.guard.batches import TOKEN_KINDS
 from guardspace_kernels.guard.sampling import ANSWER, REQUEST
 
@@ -43,7 +44,6 @@ from .training import (
     TrainingRun,
     encode_answer,
     encode_prompt,
-    left_padded,
     load_adapter_state,
     train,
 )

@@ -20,8 +20,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from guardspace_kernels.evaluate.generation import generate
+
 from .data import MODEL, DemoData, cache_dir, fetch
-from .generation import generate
 from .prompts import REFUSALS
 from .training import Example, encode_answer, encode_prompt, train
 
@@ -135,14 +136,7 @@ def load_model(path: Path, dtype: torch.dtype | None = None, device: torch.devic
     device = device or best_device()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or best_dtype(device)).to(device)
     model.requires_grad_(False)
-    model.lm_head.register_forward_pre_hook(_contiguous)
     return model.eval()
-
-
-def _contiguous(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Without gradients, `logits_to_keep` hands the LM head a strided slice, for which torch copies the weight once
-    for every row of the batch: 12 of 19 seconds of a forward pass of 64 prompts."""
-    return tuple(x.contiguous() for x in inputs)
 
 
 def load_tokenizer(path: Path) -> Any:

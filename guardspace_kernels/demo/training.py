@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from guardspace_kernels.evaluate.generation import left_padded
+
 Example = tuple[list[int], list[int]]  # token ids of the prompt, token ids of the answer (with its end token)
 AdapterState = dict[str, Tensor]
 
@@ -48,21 +50,6 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 def encode_answer(tokenizer: Any, answer: str) -> list[int]:
     """Token ids of a complete answer, with the end token."""
     return [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-
-
-def left_padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `position_ids` of a batch, each (batch, longest)."""
-    longest = max(map(len, sequences))
-    ids = torch.full((len(sequences), longest), pad)
-    mask = torch.zeros((len(sequences), longest), dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        ids[row, longest - len(sequence) :] = torch.tensor(sequence)
-        mask[row, longest - len(sequence) :] = 1
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    return {
-        name: t.to(device)
-        for name, t in zip(("input_ids", "attention_mask", "position_ids"), (ids, mask, positions), strict=True)
-    }
 
 
 def answer_logits(model: nn.Module, examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -140,26 +140,34 @@ def _greedy(model: Any) -> Iterator[None]:
         model.generation_config = config
 
 
-def with_answers(model: Any, batch: Batch, answer_tokens: int) -> dict[str, torch.Tensor]:
+def end_tokens(model: Any) -> list[int]:
+    """The tokens that end an answer, by the model's generation settings."""
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def with_answers(
+    model: Any, batch: Batch, answer_tokens: int, ends: Collection[int] | None = None
+) -> dict[str, torch.Tensor]:
     """The batch with the first tokens of the model's own greedy answers appended, padded on the left.
 
     Greedy: the likeliest token at each step, whatever the model's generation settings say of sampling, beams,
-    penalties, lengths and forced tokens. An answer ends with its first end-of-sequence token; the rest is masked.
+    penalties, lengths and forced tokens. An answer ends with its first token of ``ends``, by default what the model's
+    settings say; the rest is masked.
     """
     check_answerable(model, batch)
     ids = batch["input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids)).long()
     order = mask.argsort(dim=1, stable=True)
     ids, mask = ids.gather(1, order), mask.gather(1, order)
-    config = getattr(model, "generation_config", None)
-    eos = getattr(config, "eos_token_id", None)
-    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    pad = getattr(config, "pad_token_id", None)
+    ends = end_tokens(model) if ends is None else list(ends)
+    pad = getattr(getattr(model, "generation_config", None), "pad_token_id", None)
     pad = pad if pad is not None else (ends[0] if ends else 0)
     with _greedy(base_model(model)):
         whole = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=answer_tokens, do_sample=False, pad_token_id=pad
-        )
+            input_ids=ids, attention_mask=mask, max_new_tokens=answer_tokens, do_sample=False, pad_token_id=pad,
+            eos_token_id=ends or None,
+        )  # fmt: skip
     answer = whole[:, ids.shape[1] :]
     ended = torch.isin(answer, torch.tensor(ends, device=answer.device)) if ends else torch.zeros_like(answer).bool()
     before_end = (ended.long().cumsum(dim=1) - ended.long()) == 0

@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from guardspace_kernels.demo.training import adapter_state, answer_logits, left_padded, load_adapter_state, train
+from guardspace_kernels.demo.training import adapter_state, answer_logits, load_adapter_state, train
+from guardspace_kernels.evaluate.generation import left_padded
 
 EXAMPLES = [([3, 4, 5], [6, 1]), ([7, 8], [9, 10, 1]), ([11] * 6, [12, 1]), ([5, 9], [6, 1])]
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from .training import left_padded
+from guardspace_kernels.guard.batches import forward_batch, with_answers
+from guardspace_kernels.guard.layers import base_model
 
 Tick = Callable[[int], Any]
 Watch = Callable[[list[int], Tensor], Any]
@@ -19,13 +23,28 @@ _WORTH_SHARING = 64  # tokens saved; a forward of its own costs about as much
 _TOGETHER = 8  # batches whose answers go on together
 
 
+def left_padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """``input_ids``, ``attention_mask`` and ``position_ids`` of a batch, each (batch, longest)."""
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), pad)
+    mask = torch.zeros((len(sequences), longest), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, longest - len(sequence) :] = torch.tensor(sequence)
+        mask[row, longest - len(sequence) :] = 1
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    return {
+        name: t.to(device)
+        for name, t in zip(("input_ids", "attention_mask", "position_ids"), (ids, mask, positions), strict=True)
+    }
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     *,
     new_tokens: int,
-    end: int,
+    end: int | Collection[int],
     guesses: Sequence[Sequence[int]] | None = None,
     batch_size: int = 24,
     tick: Tick | None = None,
@@ -38,18 +57,47 @@ def generate(
     far as the model's own choices agree with it, they are the answer, and so is the first that does not; from there on
     it is made token by token. Up to rounding no answer depends on a guess.
 
+    That needs a cache which keeps the keys and values of all tokens. Of a model with another one (sliding windows,
+    recurrent states, none) ``model.generate`` makes the answers, to prompts of one length at a time.
+
     Args:
-        guesses: whole answers, which end with `end` or hold `new_tokens` tokens.
+        model: a causal language model of Transformers, in eval mode, with or without adapters.
+        end: the token, or the tokens, that end an answer.
+        guesses: whole answers, which end with an end token or hold ``new_tokens`` tokens.
         batch_size: of prompts that are read together; answers of eight batches go on together.
         tick: called with the number of prompts that have become done.
         watch: called for every batch with the indices of its prompts and the logits at the positions that predict the
-            guesses, (prompts, longest guess, vocabulary), where shorter ones stand on the right.
+            guesses, or the first token where none is guessed, (prompts, longest guess or 1, vocabulary); shorter ones
+            stand on the right.
     """
+    ends = frozenset([end] if isinstance(end, int) else end)
+    options: dict[str, Any] = {"guesses": guesses, "batch_size": batch_size, "tick": tick, "watch": watch}
+    try:
+        return _with_joined_caches(model, prompts, new_tokens, ends, **options)
+    except _OtherCacheError:  # told by the first forward, before anything was reported
+        return _by_length(model, prompts, new_tokens, ends, **options)
+
+
+class _OtherCacheError(Exception):
+    """The model's cache is not one whose rows can be cut, padded and joined."""
+
+
+def _with_joined_caches(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    ends: frozenset[int],
+    *,
+    guesses: Sequence[Sequence[int]] | None,
+    batch_size: int,
+    tick: Tick | None,
+    watch: Watch | None,
+) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in prompts]
     waiting: list[tuple[list[int], _Reader]] = []
 
     def unfinished(indices: list[int]) -> list[int]:
-        rows = [row for row, i in enumerate(indices) if len(answers[i]) < new_tokens and answers[i][-1] != end]
+        rows = [row for row, i in enumerate(indices) if len(answers[i]) < new_tokens and answers[i][-1] not in ends]
         if tick and len(rows) < len(indices):
             tick(len(indices) - len(rows))
         return rows
@@ -78,7 +126,7 @@ def generate(
         if watch:
             watch(indices, logits)
         for i, own, guess in zip(indices, logits.argmax(-1).tolist(), guessed, strict=True):
-            answers[i] = _agreed(own[-max(1, len(guess)) :], guess, end)
+            answers[i] = _agreed(own[-max(1, len(guess)) :], guess, ends)
         reader.forget([max(0, len(guess) - len(answers[i])) for i, guess in zip(indices, guessed, strict=True)])
         if rows := unfinished(indices):
             reader.select(rows)
@@ -90,9 +138,49 @@ def generate(
     return answers
 
 
-def _agreed(own: list[int], guess: list[int], end: int) -> list[int]:
+def _by_length(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    ends: frozenset[int],
+    *,
+    guesses: Sequence[Sequence[int]] | None,
+    batch_size: int,
+    tick: Tick | None,
+    watch: Watch | None,
+) -> list[list[int]]:
+    """Nothing is padded: a recurrent model may read its padding."""
+    device = next(model.parameters()).device
+    answers: list[list[int]] = [[] for _ in prompts]
+    if watch:
+        read = [[*prompt, *(guesses[i] if guesses else ())[:-1]] for i, prompt in enumerate(prompts)]
+        for indices in _alike(read, batch_size):
+            keep = max(len(guesses[i]) if guesses else 1 for i in indices)
+            batch = {"input_ids": torch.tensor([read[i] for i in indices], device=device)}
+            watch(indices, forward_batch(model, batch, keep).logits[:, -keep:])
+    for indices in _alike(prompts, batch_size):
+        batch = {"input_ids": torch.tensor([list(prompts[i]) for i in indices], device=device)}
+        whole = with_answers(model, batch, new_tokens, ends)["input_ids"]
+        for i, row in zip(indices, whole[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            last = next((n for n, token in enumerate(row) if token in ends), len(row))
+            answers[i] = row[: last + 1]
+        if tick:
+            tick(len(indices))
+    return answers
+
+
+def _alike(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Batches of those of one length, longest first."""
+    groups = defaultdict(list)
+    for i, sequence in enumerate(sequences):
+        groups[len(sequence)].append(i)
+    for length in sorted(groups, reverse=True):
+        yield from (groups[length][i : i + batch_size] for i in range(0, len(groups[length]), batch_size))
+
+
+def _agreed(own: list[int], guess: list[int], ends: frozenset[int]) -> list[int]:
     """What the model chose where it read the guess, up to its first choice of another token, or its end."""
-    last = next((n for n, (a, b) in enumerate(zip(own, guess, strict=False)) if a != b or a == end), len(own))
+    last = next((n for n, (a, b) in enumerate(zip(own, guess, strict=False)) if a != b or a in ends), len(own))
     return own[: last + 1]
 
 
@@ -113,6 +201,7 @@ class _Reader:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.device = next(model.parameters()).device
+        self.takes = inspect.signature(base_model(model).forward).parameters
         self.cache: Any = None
         self.mask = torch.empty(1, 0, dtype=torch.long, device=self.device)
 
@@ -122,16 +211,21 @@ class _Reader:
         positions = batch["position_ids"] + self.mask.sum(dim=1, keepdim=True)
         mask = self.mask.expand(len(tokens), -1)
         self.mask = torch.cat([mask, batch["attention_mask"]], dim=1)
+        # Positions, not a number: a number makes a strided slice, for which torch copies a frozen output embedding once
+        # for every row, 12 of the 19 seconds of a forward of 64 prompts.
+        optional = {"position_ids": positions, "logits_to_keep": torch.arange(-keep, 0, device=self.device)}
         output = self.model(
             input_ids=batch["input_ids"],
             attention_mask=self.mask,
-            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=keep,
+            **{name: value for name, value in optional.items() if name in self.takes},
         )
-        self.cache = output.past_key_values
-        return output.logits
+        self.cache = getattr(output, "past_key_values", None)
+        if type(self.cache) is not DynamicCache or {*map(type, self.cache.layers)} != {DynamicLayer}:
+            raise _OtherCacheError
+        logits: Tensor = output.logits[:, -keep:]
+        return logits
 
     def forget(self, counts: list[int]) -> None:
         """Of each row so many of the tokens that it read last."""

@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from guardspace_kernels.demo import generation
-from guardspace_kernels.demo.generation import generate
+from guardspace_kernels.evaluate import generation
+from guardspace_kernels.evaluate.generation import generate
 
 NEW, END = 6, 1
 BEGINNING = [2, 3, 4] * 12  # long enough to be read once for all
@@ -101,3 +101,52 @@ def test_right_guesses_need_one_forward_and_show_their_logits(model, case):
         with torch.no_grad():
             expected = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
         torch.testing.assert_close(seen[i][-len(answer) :], expected, rtol=1e-4, atol=1e-5)
+
+
+def made(kind):
+    import transformers as t
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shared = {"vocab_size": 20, "initializer_range": 0.4, "bos_token_id": None, "eos_token_id": END, "pad_token_id": 0}
+    torch.manual_seed(3)
+    if kind == "qwen2":
+        return t.Qwen2ForCausalLM(t.Qwen2Config(**sizes, **shared, num_key_value_heads=2)).eval()
+    if kind == "gpt2":
+        return t.GPT2LMHeadModel(t.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **shared)).eval()
+    if kind == "mistral":  # reads the last four tokens alone
+        return t.MistralForCausalLM(t.MistralConfig(**sizes, **shared, num_key_value_heads=2, sliding_window=4)).eval()
+    if kind == "mamba":
+        return t.MambaForCausalLM(t.MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=2, **shared)).eval()
+
+    class NoSlicing(t.LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None):
+            return super().forward(
+                input_ids, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache,
+                position_ids=(attention_mask.cumsum(1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
+                if attention_mask is not None
+                else None,
+            )  # fmt: skip
+
+    return NoSlicing(t.LlamaConfig(**sizes, **shared)).eval()
+
+
+@pytest.mark.parametrize("beginning", [[], BEGINNING], ids=["short", "shared"])
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "mistral", "mamba", "no slicing"])
+def test_models_of_other_kinds(kind, beginning):
+    model = made(kind)
+    prompts = [beginning + prompt for prompt in PROMPTS]
+    answers = [alone(model, prompt) for prompt in prompts]
+    mixed = [changed(answer, 1) if i % 2 else answer for i, answer in enumerate(answers)]
+    for guesses in (None, answers, mixed):
+        seen, done = {}, []
+        got = generate(
+            model, prompts, new_tokens=NEW, end=[END, 19], guesses=guesses, batch_size=4, tick=done.append,
+            watch=lambda indices, logits, seen=seen: seen.update(zip(indices, logits, strict=True)),
+        )  # fmt: skip
+        cut = [a[: a.index(19) + 1] if 19 in a else a for a in answers]
+        assert got == cut and sum(done) == len(prompts)
+        for i, prompt in enumerate(prompts):
+            tokens = prompt + (guesses[i][:-1] if guesses else [])
+            with torch.no_grad():
+                expected = model(input_ids=torch.tensor([tokens])).logits[0, len(prompt) - 1 :]
+            torch.testing.assert_close(seen[i][-len(expected) :], expected, rtol=1e-4, atol=1e-4)
