@@ -166,6 +166,7 @@ def table(things):
                 "plan": [None, "plan", t.file, gk.GuardPlan, t.stats],
                 "residual": [None, 3, "real", ["frozen"]],
                 "adapter_name": [None, 3, b"x", "", "a.b"],
+                "start": [3, b"x", "", [], t.model, t.folder, t.folder / "none"],
             },
         ),
         "certify": (

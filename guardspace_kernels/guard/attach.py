@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,15 @@ from torch.nn.utils.parametrize import is_parametrized
 from guardspace_kernels.guard.layers import find_layers, is_conv1d
 from guardspace_kernels.guard.plan import GuardPlan
 from guardspace_kernels.nn.projected_lora_linear import has_hooks
+from guardspace_kernels.ops import null_project_
 
 
 @dataclass(frozen=True)
 class LayerGuard:
     """One layer's share of a plan: ``ΔW = s (B A − B₀A₀) P`` starts from A = A₀P, B = B₀.
 
-    A0 (r, d_in), B0 (d_out, r), basis (d_in, k) or None, float32. ``frozen``: whether B₀A₀ is taken off the weight.
+    A0 (r, d_in), B0 (d_out, r), basis (d_in, k) or None, float32. ``frozen``: whether B₀A₀ is taken off the weight;
+    else ``ΔW = s B A P``, which is zero at the start or the change of an adapter that was trained before.
     ``own_forward``: the layer's class has a forward of its own, which was seen to compute x Wᵀ + b. ``shared``: another
     module that has the same weight, or "".
     """
@@ -36,16 +38,27 @@ class LayerGuard:
     shared: str = ""
 
 
-def layer_guards(model: nn.Module, plan: GuardPlan, residual: str = "virtual") -> Iterator[tuple[str, LayerGuard]]:
+def layer_guards(
+    model: nn.Module,
+    plan: GuardPlan,
+    residual: str = "virtual",
+    start: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> Iterator[tuple[str, LayerGuard]]:
     """(name, guard) of every layer of the plan; layers that read the same tensor get the same basis object.
+
+    Args:
+        start: layer -> (F, G), whose ``F G P`` is the change that the layer starts with.
 
     Raises:
         TypeError: the model carries adapters already. ValueError: the plan is of another model or does not protect
-            what its configuration asks for, or a weight cannot hold W_res where ``residual`` is "frozen".
+            what its configuration asks for, a weight cannot hold W_res where ``residual`` is "frozen", or ``start``
+            is of other layers, shapes or another rank.
     """
     plan.check()
     layers = find_layers(model, list(plan.layers))
     plan.model.check_model(model, list(layers), "the plan's statistics")
+    if start is not None:
+        _check_start(model, plan, start)
     sharing = shared_weights(model, layers)
     for name, module in layers.items():
         layer, space = plan.layers[name], plan.space_of(name)
@@ -59,9 +72,48 @@ def layer_guards(model: nn.Module, plan: GuardPlan, residual: str = "virtual") -
             own_forward=type(module).forward not in _plain_forwards(module),
             shared=sharing.get(name, ""),
         )
-        if residual == "frozen" and plan.has_frozen:
+        if start is not None:
+            guard = _started(guard, *start[name], plan.config.scale)
+        if residual == "frozen" and guard.frozen:
             _check_holds_residual(module, guard)
         yield name, guard
+
+
+def _started(guard: LayerGuard, F: torch.Tensor, G: torch.Tensor, scale: float) -> LayerGuard:
+    """The guard that starts with ``s·B₀A₀ = F G P``, and takes nothing off the weight."""
+    A_P = G.to("cpu", copy=True)
+    if guard.basis is not None:
+        null_project_(A_P, guard.basis, guard.complement)
+    return replace(guard, A0=A_P, B0=F.cpu() / scale, frozen=False)
+
+
+def _check_start(model: nn.Module, plan: GuardPlan, start: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """ValueError that names layer and remedy unless it adapts the plan's layers, and these alone, with its rank."""
+    lacking = [name for name in plan.layers if name not in start]
+    unplanned = [name for name in start if name not in plan.layers]
+    known = dict(model.named_modules())
+    foreign = [name for name in unplanned if name not in known]
+    if foreign:
+        raise ValueError(f"start adapts layer {foreign[0]}, which the model does not have; it is of another base model")
+    if lacking or unplanned:
+        name = (unplanned or lacking)[0]
+        endings = sorted({one.rsplit(".", 1)[-1] for one in start})
+        raise ValueError(
+            f"start adapts {len(start)} layers, the plan is of {len(plan.layers)}: {name} is not in "
+            f"{'the plan' if unplanned else 'start'}; plan for the adapter's own layers, target_modules={endings}"
+        )
+    for name, (F, G) in start.items():
+        shape, rank = (F.shape[0], G.shape[1]), G.shape[0]
+        if shape != plan.layers[name].shape:
+            raise ValueError(
+                f"start changes layer {name} by a matrix {tuple(shape)}, its weight is {plan.layers[name].shape}: the "
+                "adapter is of another base model"
+            )
+        if rank != plan.config.rank:
+            raise ValueError(
+                f"start has rank {rank} in layer {name}, the plan {plan.config.rank}; plan with "
+                f"GuardConfig(rank={rank})"
+            )
 
 
 def _plain_forwards(module: nn.Module) -> tuple[Any, ...]:

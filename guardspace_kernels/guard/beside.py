@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from guardspace_kernels.guard.adapter_folder import GUARD_FILE
 from guardspace_kernels.guard.fingerprint import ROUNDED, TensorMark, tensor_fingerprint
 from guardspace_kernels.guard.layers import adapted_base, named_submodules, peft_model
 from guardspace_kernels.guard.weights import weights_of
@@ -144,15 +143,18 @@ def _check_running_statistics(model: nn.Module, held: set[int]) -> None:
         )
 
 
-def check_loadable(folder: str, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    """ValueError unless what a folder holds beside its factors is what the model has there, name by name."""
+@torch.no_grad()
+def load_beside(folder: str, model: nn.Module, theirs: dict[str, torch.Tensor]) -> None:
+    """Copies what a folder, or another model, holds beside its factors; ValueError, before anything is copied, unless
+    it is what the model has there, name by name."""
+    ours = weights_beside(model)
     for key in sorted({*ours, *theirs}):
         name = key.removeprefix("base_model.model.")
         if key not in theirs:
             raise ValueError(f"{folder} was saved without {name}, which this model trains or has resized")
         if key not in ours:
             raise ValueError(
-                f"{folder}: {GUARD_FILE} holds {name}, which this model's plan has not. Give attach_guard the same "
+                f"{folder} holds {name}, which this model's plan has not. Give attach_guard the same "
                 "modules_to_save, or resize the embeddings first, as it was done before saving"
             )
         if ours[key].shape != theirs[key].shape or not torch.isfinite(theirs[key]).all():
@@ -160,6 +162,8 @@ def check_loadable(folder: str, ours: dict[str, torch.Tensor], theirs: dict[str,
                 f"{folder}: {name} has shape {tuple(theirs[key].shape)} or non-finite values, expected "
                 f"{tuple(ours[key].shape)}"
             )
+    for key, t in ours.items():
+        t.copy_(theirs[key])
 
 
 def _shown(names: list[str]) -> str:

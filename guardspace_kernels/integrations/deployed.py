@@ -54,7 +54,7 @@ def deployed_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftMo
     return deployed
 
 
-def check_adapter_folder(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def check_adapter_folder(folder: str | os.PathLike[str], argument: str = "adapter") -> dict[str, Any]:
     """The configuration in the folder of a LoRA that every loader reads alike; no tensor is read.
 
     Raises:
@@ -65,29 +65,31 @@ def check_adapter_folder(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder)
     if not (path / ADAPTER_CONFIG).is_file():
-        raise FileNotFoundError(f"adapter: {path} holds no {ADAPTER_CONFIG}; give the folder of save_pretrained")
+        raise FileNotFoundError(f"{argument}: {path} holds no {ADAPTER_CONFIG}; give the folder of save_pretrained")
     if not (path / ADAPTER_WEIGHTS).is_file():
         raise FileNotFoundError(
-            f"adapter: {path} holds no {ADAPTER_WEIGHTS}; other formats, pickles among them, are not read: save the "
+            f"{argument}: {path} holds no {ADAPTER_WEIGHTS}; other formats, pickles among them, are not read: save the "
             "adapter with safe_serialization=True"
         )
     try:
         config: Any = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"adapter: {path / ADAPTER_CONFIG} is no configuration of PEFT: {error}") from error
+        raise ValueError(f"{argument}: {path / ADAPTER_CONFIG} is no configuration of PEFT: {error}") from error
     if not isinstance(config, dict) or "peft_type" not in config:
-        raise ValueError(f"adapter: {path / ADAPTER_CONFIG} is no configuration of PEFT: 'peft_type' is missing")
+        raise ValueError(f"{argument}: {path / ADAPTER_CONFIG} is no configuration of PEFT: 'peft_type' is missing")
     if config["peft_type"] != "LORA":
-        raise ValueError(f"adapter: {path} is of peft_type {config['peft_type']!r}; a LoRA is needed")
+        raise ValueError(f"{argument}: {path} is of peft_type {config['peft_type']!r}; a LoRA is needed")
     known = {field.name for field in fields(LoraConfig)} - {"runtime_config"}
     # A later PEFT writes its new fields too: what is off there is off here.
     ignored = sorted(name for name, value in config.items() if name not in known and value not in (None, False, {}, []))
     if ignored:
         raise ValueError(
-            f"adapter: {path / ADAPTER_CONFIG} has the field {ignored[0]!r}, which this version of PEFT ignores and "
+            f"{argument}: {path / ADAPTER_CONFIG} has the field {ignored[0]!r}, which this version of PEFT ignores and "
             "another may not; remove it, or use the version that the adapter is deployed with"
         )
     rivals = [name for name in _RIVALS if (path / name).exists()]
     if rivals:
-        raise ValueError(f"adapter: {path} holds {rivals[0]} too, which other loaders take instead; remove one of them")
+        raise ValueError(
+            f"{argument}: {path} holds {rivals[0]} too, which other loaders take instead; remove one of them"
+        )
     return config

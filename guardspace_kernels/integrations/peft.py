@@ -28,7 +28,7 @@ from guardspace_kernels.arguments import choice, instance
 from guardspace_kernels.guard.adapted import LEAK_TOLERANCE
 from guardspace_kernels.guard.adapter_folder import ADAPTER_WEIGHTS, GUARD_FILE, read_adapter, write_adapter
 from guardspace_kernels.guard.attach import LayerGuard, compute_device, layer_guards, undone_on_failure
-from guardspace_kernels.guard.beside import check_loadable, check_trained, note_weights, weights_beside
+from guardspace_kernels.guard.beside import check_trained, load_beside, note_weights, weights_beside
 from guardspace_kernels.guard.export import peft_key, plain_lora
 from guardspace_kernels.guard.layers import is_conv1d, named_submodules, sharding, unwrapped
 from guardspace_kernels.guard.peft_description import target_modules, task_type
@@ -42,10 +42,13 @@ from guardspace_kernels.integrations.peft_state import (
     from_plain_lora,
     to_plain_lora,
 )
+from guardspace_kernels.integrations.start import read_start
 from guardspace_kernels.nn import NullSpaceProjector
 from guardspace_kernels.nn.projected_lora_linear import delta_factors
 
 RESIDUALS = ("virtual", "frozen")
+_STARTED = ", started from an adapter"
+_WITH_START = "from a start of its own; attach_guard(model, plan, start=FOLDER) with this folder, then load it"
 
 
 class GuardedLoraModel(CheckedState, LoraModel):
@@ -76,6 +79,8 @@ class GuardedModelMixin(CheckedState):
     """What a guarded PeftModel does otherwise than a plain one: saving, loading, unloading."""
 
     guard_plan: GuardPlan
+    #: Whether it started from an adapter that was trained before, so that no residual is taken off.
+    has_start = False
     #: What ``modules_to_save`` wrapped, as attach_guard was asked to.
     own_wrappers: Sequence[nn.Module] = ()
     _trainable_checked = False
@@ -133,7 +138,12 @@ class GuardedModelMixin(CheckedState):
         tensors = {f"{name}.{key}": t for name, m in layers.items() for key, t in (("A", m.A), ("B", m.B))}
         tensors.update(weights_beside(self))  # type: ignore[arg-type]
         weights, config, _ = plain_lora(self, save_directory)  # type: ignore[arg-type]
-        write_adapter(save_directory, weights, config, (tensors, self.guard_plan.fingerprint))
+        write_adapter(save_directory, weights, config, (tensors, self._origin))
+
+    @property
+    def _origin(self) -> str:
+        """What the factors are a change against: with another plan, or another residual, they would mean another."""
+        return self.guard_plan.fingerprint + _STARTED * self.has_start
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = False, **kwargs: Any
@@ -149,7 +159,12 @@ class GuardedModelMixin(CheckedState):
         if adapter_name != adapter:
             raise ValueError(f"a guarded model has one adapter, {adapter!r}; load into it, not into {adapter_name!r}")
         saved = read_adapter(model_id)
-        if saved.plan != self.guard_plan.fingerprint:
+        if saved.plan.removesuffix(_STARTED) == self.guard_plan.fingerprint and saved.plan != self._origin:
+            raise ValueError(
+                f"{os.fspath(model_id)} was saved by a model that was attached "
+                + ("without start; attach the guard without it" if self.has_start else _WITH_START)
+            )
+        if saved.plan != self._origin:
             raise ValueError(
                 f"{os.fspath(model_id)} was saved under another plan; attach the plan it was trained with (plan.save)"
             )
@@ -164,12 +179,9 @@ class GuardedModelMixin(CheckedState):
                 f"{os.fspath(model_id)}: {saved.altered} is not what was saved with {GUARD_FILE}; it was altered, or "
                 "another export took its place. Restore it, or save again"
             )
-        beside = weights_beside(self)  # type: ignore[arg-type]
         theirs = {key: t for key, t in factors.items() if key.removesuffix(".A").removesuffix(".B") not in layers}
-        check_loadable(os.fspath(model_id), beside, theirs)
+        load_beside(os.fspath(model_id), self, theirs)  # type: ignore[arg-type]
         with torch.no_grad():
-            for key, t in beside.items():
-                t.copy_(theirs[key])
             for name, layer in layers.items():
                 layer.A.copy_(factors[f"{name}.A"])
                 layer.B.copy_(factors[f"{name}.B"])
@@ -321,6 +333,7 @@ def attach_guard(
     residual: str = "virtual",
     adapter_name: str = "default",
     modules_to_save: Sequence[str] | None = None,
+    start: str | os.PathLike[str] | PeftModel | None = None,
 ) -> GuardedModel:
     """Gives the model an adapter that cannot change what the plan protects; any trainer trains it, no hook needed.
 
@@ -337,6 +350,11 @@ def attach_guard(
         adapter_name: PEFT's name of the adapter.
         modules_to_save: names of modules that are trained whole and saved beside the adapter, as in PEFT: a head,
             norms. The plan protects nothing of what they do. A classification model's head is one without being named.
+        start: a LoRA that was trained without a guard, of the plan's rank and layers: the folder of its
+            ``save_pretrained``, or a PeftModel on another copy of the base model. The model then starts from what of
+            it lies in the null space, ``ΔW = s' B A P`` with its own scaling s', and with no residual. Expect the task
+            to be lost in part or wholly, until some guarded steps have brought it back. What it trained whole beside
+            its factors is taken over, if ``modules_to_save`` names it.
 
     Returns:
         A ``peft.PeftModel``, of PEFT's class for the model's task (``PeftModelForCausalLM`` for a model that generates
@@ -347,7 +365,8 @@ def attach_guard(
     Raises:
         TypeError: the model has adapters already, or is sharded. ValueError: the plan is of another model, ``residual``
             is unknown, or "frozen" for a weight that is shared, offloaded or read by hooks, or ``modules_to_save``
-            includes a guarded layer. Whatever it raises, the model is as it was.
+            includes a guarded layer; ``start`` is no plain LoRA, or has other layers or another rank than the plan.
+            Whatever it raises, the model is as it was.
 
     Source: GuardSpace (arXiv 2510.14301).
     """
@@ -364,7 +383,8 @@ def attach_guard(
             f"model is divided by {kind} among processes, each of which would start and train an adapter of its own; "
             "attach the guard to a whole model"
         )
-    guards = dict(layer_guards(model, plan, residual))
+    begun = None if start is None else read_start(start)
+    guards = dict(layer_guards(model, plan, residual, None if begun is None else begun.factors))
     modules = {name: model.get_submodule(name) for name in guards}
     task = task_type(model)
     _check_modules_to_save((*(modules_to_save or ()), *_HEADS.get(task or "", ())), guards)
@@ -385,6 +405,9 @@ def attach_guard(
         guarded.base_model.__class__ = GuardedLoraModel
         guarded.guard_plan = plan
         _install(guarded.guarded_layers(), guards, adapter_name, residual)
+        if begun is not None:
+            guarded.has_start = True
+            load_beside("start", guarded, begun.beside)
     guarded.own_wrappers = [module for module in guarded.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     guarded.register_forward_pre_hook(_before_forward)
     config.alpha_pattern = {_NO_HOTSWAP: config.lora_alpha}
