@@ -59,6 +59,12 @@ def _squared_norm(F: torch.Tensor, G: torch.Tensor) -> float:
     return max(float(((F.T @ F @ G) * G).sum()), 0.0)
 
 
+def held_in(t: torch.Tensor) -> torch.dtype:
+    """The dtype that its values were rounded to, whichever holds them now: PEFT loads adapters into float32."""
+    rounded = (torch.bfloat16, torch.float16)
+    return next((dtype for dtype in rounded if torch.equal(t.to(dtype).to(t.dtype), t)), t.dtype)
+
+
 def triangle(F: torch.Tensor) -> torch.Tensor:
     """R of F = Q R: ``‖R z‖ = ‖F z‖`` for every z, with r'×r' numbers instead of d_out×r'."""
     return torch.linalg.qr(F, mode="r").R

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from guardspace_kernels.arguments import instance, integer, iterable, number
-from guardspace_kernels.guard.adapted import LEAK_TOLERANCE, AdaptedLayer, adapted_layers, triangle
+from guardspace_kernels.guard.adapted import LEAK_TOLERANCE, AdaptedLayer, adapted_layers, held_in, triangle
 from guardspace_kernels.guard.batches import Batch
 from guardspace_kernels.guard.drift import DriftExceededError, DriftReport, LayerDrift, root_ratio
 from guardspace_kernels.guard.fingerprint import ROUNDED, ModelFingerprint
@@ -139,11 +139,14 @@ def _under_plan(name: str, layer: AdaptedLayer, plan: GuardPlan) -> AdaptedLayer
         return layer
     projector = NullSpaceProjector(space.basis.to(layer.G.device), space.complement)
     outside = layer.G - projector.project_(layer.G.clone())
-    leak = float(outside.norm() / layer.G.norm().clamp_min(torch.finfo(torch.float32).tiny))
-    if not leak <= LEAK_TOLERANCE[layer.dtype]:
+    # Row i counts as much as column i of F makes of it: an SVD of a sum, as PEFT's, has rows that act on nothing.
+    weights = layer.F.norm(dim=0)[:, None]
+    leak = float((weights * outside).norm() / (weights * layer.G).norm().clamp_min(torch.finfo(torch.float32).tiny))
+    if not leak <= LEAK_TOLERANCE[held_in(layer.G)]:
         raise ValueError(
             f"layer {name}: the adapter acts outside the null space (‖A Q‖/‖A‖ = {leak:.1e}); it was not trained under "
-            "this plan, or the file was altered"
+            "this plan, or the file was altered, or it was made of adapters that had been rounded or were of other "
+            "plans: export those of one plan in float32 before they are added up"
         )
     return replace(layer, projector=projector)
 
