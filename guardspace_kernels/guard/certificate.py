@@ -29,10 +29,10 @@ def squared_change(F: torch.Tensor, G: torch.Tensor, covariance: torch.Tensor) -
 
 
 def squared_output(weight: torch.Tensor, covariance: torch.Tensor) -> float:
-    """``‖W X‖_F² = tr(W C Wᵀ) = Σ (WᵀW) ∘ C``, in float64; of WᵀW only the lower triangle is formed."""
+    """``‖W X‖_F² = tr(W C Wᵀ) = Σ (WᵀW) ∘ C``, in float64; of both only the lower triangle is formed and read."""
     W = weight.double()
-    C = covariance.double().to(W.device)
-    gram = torch.zeros_like(C)
+    C = covariance.to(W.device)
+    gram = torch.zeros_like(C, dtype=W.dtype)
     covariance_update_(gram, W)
     return max(float(2 * (gram * C).sum() - (gram.diagonal() * C.diagonal()).sum()), 0.0)
 
@@ -250,8 +250,9 @@ def _require_base(model: nn.Module, layers: dict[str, AdaptedLayer], stats: Cali
 
 
 def checked_covariance(name: str, entry: InputStatistics, device: torch.device | str = "cpu") -> torch.Tensor:
-    """C; ValueError that names the layer if no drift can be told from it: every adapter would pass, or none."""
-    covariance = entry.covariance_on(device)
+    """C's lower triangle as a matrix; ValueError that names the layer if no drift can be told from it: every adapter
+    would pass, or none."""
+    covariance = entry.lower_on(device)
     if not (is_finite(covariance) and is_finite(entry.sinks)):
         raise ValueError(f"layer {name}: the statistics hold non-finite values; collect them again")
     if entry.tokens == 0 and not entry.routed:
@@ -268,13 +269,14 @@ def checked_covariance(name: str, entry: InputStatistics, device: torch.device |
 def covariances(
     layers: dict[str, AdaptedLayer], stats: CalibrationStatistics
 ) -> Iterator[tuple[list[str], InputStatistics, torch.Tensor]]:
-    """(names, their input's statistics, its C in float64): one at a time, with all the layers that read that input."""
+    """(names, their input's statistics, its C's lower triangle as a matrix): one at a time, with all the layers that
+    read that input."""
     readers: dict[int, list[str]] = {}
     for name in layers:
         readers.setdefault(id(stats.for_layer(name)), []).append(name)
     for names in readers.values():
         entry = stats.for_layer(names[0])
-        yield names, entry, checked_covariance(names[0], entry, layers[names[0]].G.device).double()
+        yield names, entry, checked_covariance(names[0], entry, layers[names[0]].G.device)
 
 
 def _certify_layers(layers: dict[str, AdaptedLayer], stats: CalibrationStatistics) -> list[LayerDrift]:
@@ -290,12 +292,13 @@ def _certify_layers(layers: dict[str, AdaptedLayer], stats: CalibrationStatistic
 
 
 def _free_energy(projector: NullSpaceProjector | None, C: torch.Tensor) -> float:
-    """``tr(P C)``, which is ``tr C − Σ Q ∘ (C Q)`` or ``Σ N ∘ (C N)``, in float64."""
+    """``tr(P C)``, which is ``tr C − Σ Q ∘ (C Q)`` or ``Σ N ∘ (C N)``, in float64, from the lower triangle of C."""
+    C = C.double()
     if projector is None:
         return float(C.trace())
     basis = projector.basis.double()
     C = C.to(basis.device)
-    within = ((C @ basis) * basis).sum()
+    within = 2 * ((C @ basis) * basis).sum() - (C.diagonal() @ basis.square()).sum()
     return float((C.trace() - within if projector.complement else within).clamp_min(0.0))
 
 

@@ -31,9 +31,10 @@ class DriftMeter:
 
     Exact, as :func:`guardspace_kernels.certify` gives it: ``‖ΔW X‖_F² = Σ (FᵀF) ∘ (G C Gᵀ)`` with ``ΔW = F G``, in
     float64. ``‖W X‖_F``, which training does not change, is computed at the first call and kept. A later call costs
-    ``2 r' d²`` products per layer, r' = r or 2r, and one reading of the statistics, from their file if they were
-    loaded from one; one covariance at a time is in memory, ``20 d²`` bytes. Modes, gradients and the state of random
-    generators stay as they are. First tokens, and what is trained beside the adapter, are left to ``certify``.
+    ``r' d²`` products per layer, r' = r or 2r, and one reading of the statistics, from their file if they were loaded
+    from one. In memory are the factors of all layers and one covariance at a time, ``6 d²`` bytes in float32. Modes,
+    gradients and the state of random generators stay as they are. First tokens, and what is trained beside the
+    adapter, are left to ``certify``.
 
     Args:
         stats: of the base model, on safety-triggering prompts.

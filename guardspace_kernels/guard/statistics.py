@@ -90,6 +90,10 @@ class InputStatistics:
         """C, made on that device."""
         return unpacked(self.triangle().to(device))
 
+    def lower_on(self, device: torch.device | str) -> torch.Tensor:
+        """The lower triangle of C as a matrix, made on that device; above the diagonal it is zero."""
+        return _lower(self.triangle().to(device))
+
     @property
     def covariance(self) -> torch.Tensor:
         return self.covariance_on("cpu")
@@ -357,6 +361,12 @@ def _triangular(d: int, device: torch.device) -> torch.Tensor:
 
 def unpacked(triangle: torch.Tensor) -> torch.Tensor:
     """The symmetric matrix whose lower triangle it is."""
+    C = _lower(triangle)
+    symmetrize_(C)
+    return C
+
+
+def _lower(triangle: torch.Tensor) -> torch.Tensor:
     d = (math.isqrt(8 * triangle.numel() + 1) - 1) // 2
     C = triangle.new_zeros(d, d)
     if C.is_cuda:
@@ -367,7 +377,6 @@ def unpacked(triangle: torch.Tensor) -> torch.Tensor:
         for i, row in enumerate(rows):
             row[: i + 1] = entries[end : end + i + 1]
             end += i + 1
-    symmetrize_(C)
     return C
 
 

@@ -708,8 +708,8 @@ def test_layers_that_read_one_input_share_its_covariance(monkeypatch):
     model = tiny_llama()
     stats = collect(model)
     guarded = perturb(gk.attach_guard(model, plan_for(model, stats)))
-    read, made = [], InputStatistics.covariance_on
-    monkeypatch.setattr(InputStatistics, "covariance_on", lambda e, device: read.append(e.layers) or made(e, device))
+    read, made = [], InputStatistics.lower_on
+    monkeypatch.setattr(InputStatistics, "lower_on", lambda e, device: read.append(e.layers) or made(e, device))
     rows = gk.certify(guarded, stats).layers
     assert sorted(read) == sorted(entry.layers for entry in stats.inputs)
     assert [row.name for row in rows] == list(guarded.guarded_layers())
