@@ -1,7 +1,8 @@
 """GuardSpace as a library: fine-tune an aligned language model without losing its refusals.
 
 Five verbs: :func:`collect_statistics`, :func:`plan_guard`, :func:`attach_guard`, :func:`certify`,
-:func:`export_lora`; :func:`read_prompts` and :func:`prompt_batches` make batches of a file of prompts. The ops below
+:func:`export_lora`; :func:`read_prompts` and :func:`prompt_batches` make batches of a file of prompts,
+:func:`evaluate_refusals` counts what a model refuses. The ops below
 them are in :mod:`guardspace_kernels.ops`, drop-in modules in :mod:`guardspace_kernels.nn`. Importing the package needs
 torch alone; everything else is imported where it is used.
 """
@@ -16,10 +17,13 @@ from guardspace_kernels.dispatch import use_backend
 
 if TYPE_CHECKING:
     from guardspace_kernels import nn
+    from guardspace_kernels.evaluate.refusals import RefusalEvaluator, evaluate_refusals
+    from guardspace_kernels.evaluate.report import EvaluationReport, compare
     from guardspace_kernels.guard.certificate import certify
     from guardspace_kernels.guard.collection import collect_statistics
     from guardspace_kernels.guard.drift import DriftExceededError, DriftReport
     from guardspace_kernels.guard.export import ExportReport, export_lora
+    from guardspace_kernels.guard.judges import judge_opening
     from guardspace_kernels.guard.plan import GuardConfig, GuardPlan
     from guardspace_kernels.guard.planning import plan_guard
     from guardspace_kernels.guard.prompt_files import read_prompts
@@ -33,6 +37,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "EvaluationReport": "evaluate.report",
+    "RefusalEvaluator": "evaluate.refusals",
+    "compare": "evaluate.report",
+    "evaluate_refusals": "evaluate.refusals",
+    "judge_opening": "guard.judges",
     "CalibrationStatistics": "guard.statistics",
     "read_prompts": "guard.prompt_files",
     "prompt_batches": "integrations.chat",

@@ -35,7 +35,10 @@ class Tokenizer:
         return messages[-1]["content"]
 
     def __call__(self, text, add_special_tokens):
-        return {"input_ids": [int(n) for n in text.split()]}
+        return {"input_ids": [int(n) if n.isdigit() else 59 for n in text.split()]}
+
+    def batch_decode(self, rows, **_):
+        return [" ".join(map(str, row)) for row in rows]
 
 
 class Things:
@@ -51,6 +54,8 @@ class Things:
         self.guarded = perturb(gk.attach_guard(tiny_llama(), self.plan))
         self.report, self.exported = gk.certify(self.guarded, self.stats), gk.export_lora(self.guarded, folder / "e")
         self.basis = torch.linalg.qr(torch.randn(D, 2)).Q
+        self.evaluator = gk.RefusalEvaluator(Tokenizer(), ["1 2"], chat=False, progress=False)
+        self.evaluation = self.evaluator(self.model)
         self.optimizer = torch.optim.AdamW(self.guarded.parameters())
 
 
@@ -267,6 +272,43 @@ def table(things):
                 "max_tokens": [*NO_INTEGER[1:], 0, -1],
             },
         ),
+        "evaluate_refusals": (
+            gk.evaluate_refusals,
+            {"model": t.model, "tokenizer": Tokenizer(), "harmful": ["1 2"], "chat": False, "progress": False},
+            {
+                "model": NO_MODULE,
+                "tokenizer": [*TYPES, Tokenizer],
+                "base": [3, b"x", "adapter_on", {}, nn.Linear, "adapter_off"],
+                **(
+                    evaluated := {
+                        "harmful": [None, "text", 3, {}, [], [3], [None], [""], {"x": []}, {"x": "text"}, {"x": [3]}],
+                        "lookalikes": ["text", 3, {"a": 1}, [3], [None], [""]],
+                        "task": ["text", 3, {"a": 1}, ["1"], [("1", "2", "3")], [("1", 2)], [("1", " ")], [("", "2")]],
+                        "judge": [3, "judge", ["refuses"]],
+                        "answer_tokens": [*NO_INTEGER, 0],
+                        "task_tokens": [*NO_INTEGER[1:], 0],
+                        "batch_size": [*NO_INTEGER, 0],
+                        "kl_prompts": [*NO_INTEGER, -1],
+                        "chat": NO_BOOL,
+                        "progress": NO_BOOL,
+                    }
+                ),
+            },
+        ),
+        "RefusalEvaluator": (
+            gk.RefusalEvaluator,
+            {"tokenizer": Tokenizer(), "harmful": ["1 2"], "chat": False, "progress": False},
+            {"tokenizer": [*TYPES, Tokenizer], **evaluated},
+        ),
+        "RefusalEvaluator.set_base": (t.evaluator.set_base, {"model": t.model}, {"model": NO_MODULE, "task": NO_BOOL}),
+        "RefusalEvaluator.__call__": (t.evaluator, {"model": t.model}, {"model": NO_MODULE, "task": NO_BOOL}),
+        "EvaluationReport.save": (t.evaluation.save, {"path": t.file}, {"path": NO_PATH, "answers": NO_BOOL}),
+        "EvaluationReport.load": (gk.EvaluationReport.load, None, {"path": [*path, missing, t.file]}),
+        "compare": (
+            gk.compare,
+            {"first": t.evaluation, "second": t.evaluation},
+            {"first": [None, "x", t.stats], "second": [None, "x", t.stats]},
+        ),
         "inspect_statistics": (
             inspect_statistics,
             {"stats": t.stats, "progress": False},
@@ -419,6 +461,7 @@ WORDS = {
     "batches": ["batch"],
     "heldout": ["batch"],
     "prompts": ["prompt"],
+    "lookalikes": ["lookalike"],
     "path": ["/"],
     "bases": ["basis"],
     "grads": ["grad"],
@@ -467,6 +510,8 @@ NAMES = [
     "nn.NullSpaceProjector.project_", "nn.ProjectedLoraLinear", "nn.ProjectedLoraLinear.from_linear",
     "nn.FusedProjectedLoraLinear.from_linears", "nn.CovarianceAccumulator", "nn.CovarianceAccumulator.update",
     "nn.CovarianceAccumulator.attach", "nn.CovarianceAccumulator.masked",
+    "evaluate_refusals", "RefusalEvaluator", "RefusalEvaluator.set_base", "RefusalEvaluator.__call__",
+    "EvaluationReport.save", "EvaluationReport.load", "compare",
 ]  # fmt: skip
 
 
@@ -494,8 +539,10 @@ def test_wrong_arguments_are_refused_by_name(name, things):
 
 def test_the_table_covers_every_public_name():
     """Classes that are results, and modules, apart."""
-    results = {"DriftExceededError", "DriftReport", "ExportReport", "GuardPlan", "CalibrationStatistics"}
-    others = {"dispatch", "nn", "ops", "GuardCallback"}
+    results = {
+        "DriftExceededError", "DriftReport", "EvaluationReport", "ExportReport", "GuardPlan", "CalibrationStatistics",
+    }  # fmt: skip
+    others = {"dispatch", "nn", "ops", "GuardCallback", "judge_opening"}
     listed = {name.split("(")[0] for name in NAMES}
     assert set(gk.__all__) - results - others <= listed
     for module, prefix in ((gk.ops, "ops"), (gk.nn, "nn")):

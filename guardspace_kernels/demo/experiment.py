@@ -23,11 +23,12 @@ from transformers.utils import logging as transformers_logging
 
 import guardspace_kernels as gk
 from guardspace_kernels.evaluate.generation import left_padded
+from guardspace_kernels.evaluate.refusals import RefusalEvaluator
+from guardspace_kernels.evaluate.report import EvaluationReport
 from guardspace_kernels.guard.batches import TOKEN_KINDS
 from guardspace_kernels.guard.sampling import ANSWER, REQUEST
 
 from . import data as demo_data
-from .evaluate import Evaluation, Evaluator
 from .model import (
     AlignmentRecipe,
     aligned_model,
@@ -93,7 +94,7 @@ class Row:
 
     task: str
     method: str
-    evaluation: Evaluation | None
+    evaluation: EvaluationReport | None
     steps: int = 0
     loss: float | None = None
     step_seconds: list[float] = field(default_factory=list)
@@ -178,12 +179,13 @@ class _Experiment:
             self.aligned = aligned_model(self.data, s.alignment)
             self.tokenizer = load_tokenizer(self.aligned)
         self.pad: int = self.tokenizer.eos_token_id
-        self.evaluator = Evaluator(
+        self.evaluator = RefusalEvaluator(
             self.tokenizer,
             self.data.heldout,
-            self.data.lookalikes,
-            self.data.sentiment_test,
-            new_tokens=s.answer_tokens,
+            lookalikes=self.data.lookalikes,
+            task=self.data.sentiment_test,
+            answer_tokens=s.answer_tokens,
+            task_tokens=1,  # decides: "positive" and "negative" differ in it
         )
 
     @contextmanager
@@ -192,9 +194,9 @@ class _Experiment:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def evaluate(self, model: torch.nn.Module, description: str, task: bool = True) -> Evaluation:
-        with self.phase("evaluate"), tqdm(total=self.evaluator.prompts(task), desc=description, unit="prompt") as bar:
-            return self.evaluator(model, bar.update, task)
+    def evaluate(self, model: torch.nn.Module, description: str, task: bool = True) -> EvaluationReport:
+        with self.phase("evaluate"):
+            return self.evaluator(model, task=task, description=description)
 
     def batches(
         self, prompts: list[list[int]], size: int, answers: list[list[int]] | None = None
@@ -262,7 +264,7 @@ class _Experiment:
                 keep=models[-1:],
             )
 
-    def evaluate_merged(self, model: Any, description: str, task: bool) -> Evaluation:
+    def evaluate_merged(self, model: Any, description: str, task: bool) -> EvaluationReport:
         """Evaluate the adapter merged into the weights, which generates faster; `model` is used up."""
         return self.evaluate(model.merge_and_unload(), description, task)
 
@@ -348,7 +350,8 @@ def _run(out_dir: Path, quick: bool, seed: int) -> DemoResult:
     settings = QUICK if quick else FULL
     run = _Experiment(out_dir, settings, seed)
     model = load_model(run.aligned)
-    rows = [Row(NO_TASK, ALIGNED, run.evaluate(model, f"test {ALIGNED}"))]
+    with run.phase("evaluate"):
+        rows = [Row(NO_TASK, ALIGNED, run.evaluator.set_base(model, description=f"test {ALIGNED}"))]
     run.collect_and_plan(model)
     del model
     gc.collect()

@@ -10,9 +10,9 @@ from statistics import mean, median
 from typing import Any, BinaryIO
 
 import guardspace_kernels as gk
+from guardspace_kernels.evaluate.rates import Rate, mcnemar
 from guardspace_kernels.guard.atomic import write_atomic, write_text
 
-from .evaluate import Rate, mcnemar
 from .experiment import ALIGNED, GUARDED, NO_TASK, PLAIN, SENTIMENT, STOPPED, DemoResult, Row
 
 _COLUMNS = (
@@ -32,7 +32,7 @@ def _cells(row: Row) -> list[str]:
     e = row.evaluation
     assert e
     task = _percent(e.task, True) if row.task == SENTIMENT else "–" if row.task != NO_TASK else _percent(e.task)
-    kl = "–" if e.refusal_kl is None else f"{abs(e.refusal_kl):.2f}"
+    kl = "–" if e.kl is None else f"{abs(e.kl):.2f}"
     judged = [_percent(e.refuses, True), _percent(e.complies), _percent(e.other), _percent(e.over_refuses)]
     return [row.task, row.method, *trained, *judged, task, kl]
 
@@ -146,7 +146,7 @@ def _markdown(result: DemoResult) -> str:
     sources = []
     for row in result.rows:
         if row.evaluation and row.task in (NO_TASK, SENTIMENT):
-            rates = ", ".join(f"{k} {v.count}/{v.n}" for k, v in row.evaluation.refuses_by_source.items())
+            rates = ", ".join(f"{k} {v['refuses'].count}/{v['refuses'].n}" for k, v in row.evaluation.by_source.items())
             sources.append(f"{row.method}: {rates}")
     aligned, *_ = result.rows
     chosen = [(label, result.row(SENTIMENT, label)) for label in (PLAIN, GUARDED)]
@@ -229,9 +229,9 @@ def _json(result: DemoResult) -> dict[str, Any]:
         if e := row.evaluation:
             rates = {"refuses": e.refuses, "complies": e.complies, "other": e.other, "over_refuses": e.over_refuses}
             rates |= {"task": e.task} if row.task in (NO_TASK, SENTIMENT) else {}
-            rates |= {f"refuses, {source}": rate for source, rate in e.refuses_by_source.items()}
+            rates |= {f"refuses, {source}": one["refuses"] for source, one in e.by_source.items()}
             entry["rates"] = {k: {"count": r.count, "n": r.n, "interval": r.interval()} for k, r in rates.items()}
-            entry["refusal_kl"] = e.refusal_kl
+            entry["refusal_kl"] = e.kl
         rows.append(entry)
     return {
         "quick": result.quick,

@@ -38,6 +38,19 @@ def prompt_batches(
             too long; the message gives the prompt's number, from 1.
     """
     integer("batch_size", batch_size, 1)
+    rows = [ids for _, ids in prompt_tokens(tokenizer, prompts, chat=chat, max_tokens=max_tokens)]
+    known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    pad = next((one for one in known if one is not None), 0)
+    return [_padded(rows[i : i + batch_size], pad) for i in range(0, len(rows), batch_size)]
+
+
+def prompt_tokens(
+    tokenizer: Any, prompts: Sequence[Prompt], *, chat: bool = True, max_tokens: int | None = None, name: str = "prompt"
+) -> list[tuple[str, list[int]]]:
+    """Of each prompt what the model reads, as text and as tokens; arguments and errors as of :func:`prompt_batches`.
+
+    ``name`` is what messages call a prompt.
+    """
     boolean("chat", chat)
     if max_tokens is not None:
         integer("max_tokens", max_tokens, 1)
@@ -48,9 +61,10 @@ def prompt_batches(
             f"tokenizer is a processor, {type(tokenizer).__name__}, of texts with images or sounds, which are not "
             "collected; give its tokenizer (processor.tokenizer)"
         )
-    instance("prompts", prompts, (list, tuple), "a list of texts or conversations")
+    plural = f"{name}s"
+    instance(plural, prompts, (list, tuple), "a list of texts or conversations")
     if not prompts:
-        raise ValueError("prompts is empty: at least one is needed")
+        raise ValueError(f"{plural} is empty: at least one is needed")
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "the tokenizer has no chat template, which an aligned model expects around a request; set "
@@ -58,7 +72,7 @@ def prompt_batches(
         )
     rows = []
     for number, prompt in enumerate(prompts, 1):
-        where = f"prompt {number}"
+        where = f"{name} {number}"
         prompt = checked_prompt(prompt, where)
         if chat:
             prompt = _rendered(tokenizer, prompt, where)
@@ -70,10 +84,8 @@ def prompt_batches(
             raise ValueError(f"{where}: the tokenizer makes no token of it")
         if max_tokens is not None and len(ids) > max_tokens:
             raise ValueError(f"{where} has {len(ids)} tokens, above max_tokens = {max_tokens}; shorten it")
-        rows.append(ids)
-    known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-    pad = next((one for one in known if one is not None), 0)
-    return [_padded(rows[i : i + batch_size], pad) for i in range(0, len(rows), batch_size)]
+        rows.append((prompt, list(ids)))
+    return rows
 
 
 def _padded(rows: Sequence[list[int]], pad: int) -> Batch:
