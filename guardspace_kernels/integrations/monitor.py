@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from transformers import TrainerCallback
-
 from guardspace_kernels.arguments import integer
 from guardspace_kernels.guard.monitor import DriftMeter
 from guardspace_kernels.guard.statistics import CalibrationStatistics
+from guardspace_kernels.integrations.transformers import LoggingCallback
 
 
-class DriftMonitor(DriftMeter, TrainerCallback):
+class DriftMonitor(DriftMeter, LoggingCallback):
     """Tells while a LoRA is being trained, guarded or plain, how far each layer has drifted on harmful prompts.
 
     In a Trainer, ``Trainer(..., callbacks=[DriftMonitor(stats)])``: every ``every`` steps and after the last one it
@@ -21,8 +20,8 @@ class DriftMonitor(DriftMeter, TrainerCallback):
     ``monitor(model)`` returns the same numbers, and raises instead; see :class:`DriftMeter` for what they are and cost.
 
     Of several processes the main one logs; with ``max_drift`` each one judges its own copy, so that all stop together.
-    A Trainer's own reporters are called before its callbacks: to have them see the numbers too, put the monitor before
-    them, ``trainer.callback_handler.callbacks.insert(0, monitor)``.
+    For W&B, TensorBoard and other reporters, ``trainer.callback_handler.callbacks.insert(0, monitor)`` puts it before
+    them.
 
     Args:
         stats: of the base model, on safety-triggering prompts.
@@ -47,32 +46,20 @@ class DriftMonitor(DriftMeter, TrainerCallback):
     ) -> None:
         super().__init__(stats, max_drift=max_drift, per_layer=per_layer)
         self.every = integer("every", every, 1)
-        self._unlogged: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._unlogged = {}
         if self._judges(state):
             self.layer_drifts(kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
-        control.should_log = True  # in every process: the Trainer gathers the loss
-        if not self._judges(state):
-            return
-        drifts = self.layer_drifts(kwargs["model"])
-        failure = self.failure(drifts)
-        if failure:
+        drifts = self.layer_drifts(kwargs["model"]) if self._judges(state) else {}
+        self.log_with_step(control, self.values(drifts) if state.is_world_process_zero else {})
+        if drifts and (failure := self.failure(drifts)):
             control.should_training_stop = True
-        if state.is_world_process_zero:
-            self._unlogged = self.values(drifts)
-            if failure:
+            if state.is_world_process_zero:
                 warnings.warn(f"{failure}: training stops at step {state.global_step}", stacklevel=2)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for written in (kwargs["logs"], state.log_history[-1]):
-            written.update(self._unlogged)
-        self._unlogged = {}
 
     def _judges(self, state: Any) -> bool:
         """Whether this process does."""

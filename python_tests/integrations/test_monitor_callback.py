@@ -76,6 +76,14 @@ def test_max_drift_stops_the_run(tiny, tmp_path, step_mode):
         [monitor, *([gk.GuardCallback()] if step_mode else [])],
         max_steps=40,
     )
+    seen = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            seen.append("guard/drift_mean" in logs)
+
+    run.callback_handler.callbacks.insert(0, Reporter())
+    run.callback_handler.callbacks.insert(0, run.pop_callback(monitor))
     with pytest.warns(UserWarning, match=r"^layer \S+ drifts by .* above max_drift = 2.00e-03: training stops at step"):
         run.train()
     entries = logged(run)
@@ -83,6 +91,7 @@ def test_max_drift_stops_the_run(tiny, tmp_path, step_mode):
     assert stopped < 40 and stopped == max(entries) and stopped % 2 == 0
     assert [step for step, entry in entries.items() if entry["guard/drift_worst"] > 2e-3] == [stopped]
     assert f"guard/drift/{entries[stopped]['guard/drift_worst_layer']}" in entries[stopped]
+    assert seen == [*[False, True] * (stopped // 2), False]  # a summary at the end
     with pytest.raises(gk.DriftExceededError):
         monitor(run.model)
 
