@@ -166,6 +166,17 @@ def test_models_that_cannot_be_judged():
         DriftMeter(stats, max_drift=1e9)(plain)
 
 
+def test_sharded_parameters_are_refused():
+    model = tiny_llama()
+    stats = collect(model)
+    plain = plain_lora(model)
+    plain.base_model.model.model.layers[1].mlp.up_proj.lora_A["default"].weight.ds_id = 0
+    with pytest.raises(
+        TypeError, match=r"layer model\.layers\.1\.mlp\.up_proj: its parameters are divided by DeepSpeed"
+    ):
+        DriftMeter(stats)(plain)
+
+
 def test_weights_that_differ_beside_the_adapter_are_named_once():
     model = tiny_gpt2()
     stats = collect(model)
