@@ -68,7 +68,9 @@ def certify(
             next-token KL to the base model and the change of the log-probability of the base model's own answers. A
             batch may bring these along, marked 2 in ``token_kinds`` as for :func:`collect_statistics`; else they are
             generated, greedily.
-        plan: of a plain LoRA that was exported from a guarded model: it must lie in the plan's null space.
+        plan: of a plain LoRA that was exported from a guarded model, or is a sum of such: it must lie in the plan's
+            null space. PEFT's ``add_weighted_adapter`` keeps it there by ``cat``, ``linear`` and, up to rounding,
+            ``svd``, not by ways that drop single entries (``ties``, ``dare``, ``magnitude_prune``).
         answer_tokens: length of those answers, where they are generated.
         max_drift: raise if a layer drifts by more, or if nothing is promised (:meth:`DriftReport.failure`).
 

@@ -93,7 +93,7 @@ def test_it_trains_saves_loads_exports_and_merges_as_any_other(tiny, tmp_path, k
             report = gk.certify(loaded, tiny.statistics(kind), plan=plan)
             assert report.max_drift == pytest.approx(gk.certify(model, tiny.statistics(kind)).max_drift, rel=1e-4)
     # Its own folder is a start too: from there on the exact factors load.
-    for other in (tmp_path / "plain", tmp_path / "guarded"):
+    for other in (start, tmp_path / "plain", tmp_path / "guarded"):
         again = gk.attach_guard(tiny.base(kind), plan, start=other, **save)
         again.load_adapter(tmp_path / "guarded")
         assert torch.equal(tiny.logits(again, kind), trained)
