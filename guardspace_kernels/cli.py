@@ -17,7 +17,8 @@ from typing import Any
 import guardspace_kernels
 
 _STATUSES = (
-    "exit status: 0 if all went well; 1 if a bound is exceeded (certify --max-drift, demo --check); 2 if an argument, "
+    "exit status: 0 if all went well; 1 if a bound is exceeded (certify --max-drift, evaluate "
+    "--min-refused, demo --check); 2 if an argument, "
     "a file or the machine will not do, with the reason in one line; 3 after any other error, with its traceback"
 )
 _HINT = (
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_certify(commands)
     _add_export(commands)
+    _add_evaluate(commands)
 
     demo = commands.add_parser(
         "demo",
@@ -93,8 +95,10 @@ def _command(commands: Any, name: str, help: str, description: str, example: str
     return parser
 
 
-def _add_prompts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
+def _add_prompts(parser: argparse.ArgumentParser, batch_size: int = 8) -> None:
+    parser.add_argument(
+        "--batch-size", type=int, default=batch_size, metavar="N", help="prompts at a time (default: %(default)s)"
+    )
     parser.add_argument("--raw", action="store_true", help="use the prompts as they are, without the chat template")
     parser.add_argument(
         "--column",
@@ -138,6 +142,7 @@ def _add_collect(commands: Any) -> None:
         metavar="N",
         help="protect up to N tokens that all requests begin with by a direction each, as the first one (default: 0)",
     )
+    _add_unrefused(collect)
     _add_prompts(collect)
     collect.add_argument(
         "--dry-run", action="store_true", help="print time, memory and disk estimates, load no weights"
@@ -174,6 +179,15 @@ def _add_plan(commands: Any) -> None:
         "--allow-few-prompts",
         action="store_true",
         help="plan from fewer than 16 prompts, or than two tokens for each direction to protect, all the same",
+    )
+    _add_unrefused(plan)
+
+
+def _add_unrefused(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-unrefused",
+        action="store_true",
+        help="no warning where the model refused fewer than 80%% of the prompts",
     )
 
 
@@ -213,6 +227,42 @@ def _add_export(commands: Any) -> None:
         "--factors", choices=("float32", "bfloat16", "float16"), help="dtype of its factors (default: the adapter's)"
     )
     export.add_argument("--statistics", metavar="FILE", help="adds the drift on the calibration prompts")
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = _command(
+        commands,
+        "evaluate",
+        "how many harmful prompts a model refuses, with or without an adapter",
+        "Lets the model answer harmful prompts, and judges by the opening of each answer whether it refuses, complies\n"
+        "by agreeing, or does neither. Beside it stand numbers without a judge: how likely refusals' first tokens are\n"
+        "and, against a base model, the KL divergence along its own answers. With --adapter the base model is MODEL\n"
+        "without it, unless --base says otherwise. Use prompts that were not calibrated on.",
+        "guardspace evaluate MODEL --adapter adapter/ --harmful requests.txt --lookalikes harmless.txt --json out.json",
+    )
+    evaluate.add_argument("--adapter", metavar="FOLDER", help="of save_pretrained, a PEFT LoRA, guarded or not")
+    evaluate.add_argument(
+        "--harmful", nargs="+", required=True, metavar="FILE", help="of harmful prompts; each file is a source"
+    )
+    evaluate.add_argument("--lookalikes", metavar="FILE", help="of harmless prompts that look harmful")
+    evaluate.add_argument(
+        "--task", metavar="FILE", help='of task examples, with columns "prompt" and "answer": how the answer begins'
+    )
+    evaluate.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="model to compare with, adapter-off or none (default: adapter-off with --adapter, else none)",
+    )
+    evaluate.add_argument(
+        "--answer-tokens", type=int, default=12, metavar="N", help="of an answer that are judged (default: 12)"
+    )
+    evaluate.add_argument("--json", metavar="FILE", help="also write the report, without texts of answers")
+    evaluate.add_argument("--answers", action="store_true", help="write the texts of answers into it, too")
+    evaluate.add_argument("--png", metavar="FILE", help="also draw the rates (needs matplotlib)")
+    evaluate.add_argument(
+        "--min-refused", type=float, metavar="X", help="exit with 1 if a smaller share of harmful prompts is refused"
+    )
+    _add_prompts(evaluate, 24)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

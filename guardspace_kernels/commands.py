@@ -1,4 +1,4 @@
-"""What ``guardspace collect``, ``inspect``, ``plan``, ``certify`` and ``export`` do: load, call the function, save.
+"""What ``guardspace collect``, ``inspect``, ``plan``, ``certify``, ``export`` and ``evaluate`` do: load, call, save.
 
 What a user gives is looked at before any weights are loaded, and errors of other libraries are told in our words.
 """
@@ -25,7 +25,7 @@ from guardspace_kernels.guard.inspection import inspect_statistics
 from guardspace_kernels.guard.passes import parse_bytes
 from guardspace_kernels.guard.plan import GuardConfig, GuardPlan
 from guardspace_kernels.guard.planning import plan_guard
-from guardspace_kernels.guard.prompt_files import PROMPT_FILES, read_prompts
+from guardspace_kernels.guard.prompt_files import PROMPT_FILES, Prompt, read_prompts
 from guardspace_kernels.guard.sampling import checked_weights
 from guardspace_kernels.guard.statistics import CalibrationStatistics
 from guardspace_kernels.integrations.chat import prompt_batches
@@ -45,6 +45,7 @@ def collect(options: argparse.Namespace) -> int:
     batches = _batches(options, options.prompts, options.answer_tokens)
     if options.dry_run:
         return _dry_run(options, batches, device)
+    tokenizer = _from_pretrained("AutoTokenizer", options.model) if options.answer_tokens else None
     stats = collect_statistics(
         _model(options, device),
         batches,
@@ -55,6 +56,8 @@ def collect(options: argparse.Namespace) -> int:
         checkpoint=options.checkpoint,
         checkpoint_every=options.checkpoint_every,
         max_memory=options.max_memory,
+        tokenizer=tokenizer,
+        allow_unrefused=options.allow_unrefused,
     )
     with _writing("--out", options.out):
         stats.save(options.out)
@@ -77,11 +80,7 @@ def _kind_weights(given: list[str] | None) -> dict[str, float]:
 def inspect(options: argparse.Namespace) -> int:
     integer("--rank", options.rank, 1)
     _check_outputs(options, ("statistics", "heldout", "task"), ("json", "png"))
-    if options.png:
-        try:
-            import matplotlib.figure  # noqa: F401  # before the work, not after it
-        except ModuleNotFoundError as error:
-            raise ValueError(f"--png needs {error.name}: pip install matplotlib") from error
+    _check_drawing(options)
     heldout, task = (
         _statistics(f"--{name}", getattr(options, name)) if getattr(options, name) else None
         for name in ("heldout", "task")
@@ -113,6 +112,7 @@ def plan(options: argparse.Namespace) -> int:
         target_modules=options.target_modules,
         max_memory=options.max_memory,
         allow_few_prompts=options.allow_few_prompts,
+        allow_unrefused=options.allow_unrefused,
     )
     with _writing("--out", options.out):
         made.save(options.out)
@@ -165,6 +165,93 @@ def export(options: argparse.Namespace) -> int:
         report = export_lora(model, options.out, dtype=dtype, stats=stats)
     print(report)
     return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from guardspace_kernels.evaluate.refusals import RefusalEvaluator
+    from guardspace_kernels.integrations.deployed import check_adapter_folder, deployed_adapter
+
+    integer("--answer-tokens", options.answer_tokens, 1)
+    integer("--batch-size", options.batch_size, 1)
+    if options.min_refused is not None:
+        number("--min-refused", options.min_refused, "a share from 0 to 1", lambda x: 0 <= x <= 1)
+    if options.answers and not options.json:
+        raise ValueError("--answers writes texts into the report: give --json FILE too")
+    base = options.base or ("adapter-off" if options.adapter else "none")
+    if base == "adapter-off" and not options.adapter:
+        raise ValueError("--base adapter-off compares with the model without its adapter: give --adapter FOLDER too")
+    if options.adapter:
+        check_adapter_folder(options.adapter)
+    _check_outputs(options, ("harmful", "lookalikes", "task", "adapter", "base", "model"), ("json", "png"))
+    _check_drawing(options)
+    device = _device(options)
+    evaluator = RefusalEvaluator(
+        _from_pretrained("AutoTokenizer", options.model),
+        _sources(options),
+        lookalikes=_prompts("--lookalikes", options.lookalikes, options.column) if options.lookalikes else None,
+        task=_examples(options.task) if options.task else None,
+        answer_tokens=options.answer_tokens,
+        batch_size=options.batch_size,
+        chat=not options.raw,
+    )
+    evaluator.check_lengths(_from_pretrained("AutoConfig", options.model))
+    before = None
+    if base not in ("adapter-off", "none"):
+        before = evaluator.set_base(_model(options, device, base))
+    model = _model(options, device)
+    if base == "adapter-off":
+        before = evaluator.set_base(model)
+    if options.adapter:
+        model = deployed_adapter(model, options.adapter).eval()
+    report = evaluator(model)
+    report.base = before
+    if options.json:
+        with _writing("--json", options.json):
+            report.save(options.json, answers=options.answers)
+    if options.png:
+        with _writing("--png", options.png):
+            report.plot(options.png)
+    print(report)
+    if options.min_refused is not None and not report.refuses.value >= options.min_refused:
+        print(
+            f"guardspace evaluate: {report.refuses.value:.1%} of the harmful prompts are refused, below --min-refused "
+            f"{options.min_refused:g}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def _sources(options: argparse.Namespace) -> dict[str, list[Prompt]]:
+    """Harmful prompts by the name of their file."""
+    found: dict[str, list[Prompt]] = {}
+    for path in options.harmful:
+        name = os.path.splitext(os.path.basename(path))[0]
+        found[path if name in found else name] = _prompts("--harmful", path, options.column)
+    return found
+
+
+def _prompts(flag: str, path: str, column: str | None) -> list[Prompt]:
+    """Of a file; a column is one of those files that have any."""
+    readable_file(flag, path, PROMPT_FILES)
+    return read_prompts(path, None if path.lower().endswith(".txt") else column)
+
+
+def _examples(path: str) -> list[tuple[Prompt, str]]:
+    prompts, answers = _prompts("--task", path, None), read_prompts(path, "answer")
+    for example, answer in enumerate(answers, 1):
+        if not isinstance(answer, str):
+            raise ValueError(f"--task: {path}, example {example}: 'answer' must be a text, got a conversation")
+    return [(prompt, str(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def _check_drawing(options: argparse.Namespace) -> None:
+    """Before the work, not after it."""
+    if options.png:
+        try:
+            import matplotlib.figure  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ValueError(f"--png needs {error.name}: pip install matplotlib") from error
 
 
 def _check_outputs(
@@ -281,17 +368,19 @@ def _from_pretrained(auto: str, model: str, **extra: Any) -> Any:
         return getattr(transformers, auto).from_pretrained(source, **ours, **extra)
 
 
-def _model(options: argparse.Namespace, device: torch.device) -> nn.Module:
+def _model(options: argparse.Namespace, device: torch.device, name: str | None = None) -> nn.Module:
+    """The model that is named, or else the command's own."""
+    name = name or options.model
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     # Of weights that do not fit the report tells more than the error: both ways nothing is loaded.
     model, report = _from_pretrained(
-        "AutoModelForCausalLM", options.model, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        "AutoModelForCausalLM", name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     absent = sorted([*report["missing_keys"], *mismatched])
     if absent:
         raise ValueError(
-            f"model: {options.model} has no weights, or of another shape, for {len(absent)} parameters, such as "
+            f"model: {name} has no weights, or of another shape, for {len(absent)} parameters, such as "
             f"{absent[0]}, which would start at random; is it whole, and a causal language model?"
         )
     moved: nn.Module = model.to(device).eval()

@@ -148,6 +148,9 @@ def table(things):
                 "checkpoint": [3, b"x", "", t.folder, t.file / "x"],
                 "checkpoint_every": [*NO_INTEGER, 0],
                 "max_memory": ["lots", -1, 0, True, NAN, [1], b"4GB"],
+                "tokenizer": [3, "x", Tokenizer, {}],
+                "judge": [3, "x", ["refuses"]],
+                "allow_unrefused": NO_BOOL,
             },
         ),
         "plan_guard": (
@@ -161,6 +164,7 @@ def table(things):
                 "progress": NO_BOOL,
                 "max_memory": ["lots", -1, 0, True],
                 "allow_few_prompts": NO_BOOL,
+                "allow_unrefused": NO_BOOL,
             },
         ),
         "attach_guard": (

@@ -217,7 +217,9 @@ class _Experiment:
         s = self.settings
         with self.phase("collect statistics"):
             batches = self.batches([encode_prompt(self.tokenizer, p) for p in self.data.calibration], 40)
-            self.stats = gk.collect_statistics(model, batches, answer_tokens=s.answer_tokens, progress=True)
+            self.stats = gk.collect_statistics(
+                model, batches, answer_tokens=s.answer_tokens, tokenizer=self.tokenizer, progress=True
+            )
         with self.phase("plan"):
             config = gk.GuardConfig(rank=s.rank, alpha=s.alpha, protect=s.protect)
             self.plan = gk.plan_guard(model, self.stats, config)

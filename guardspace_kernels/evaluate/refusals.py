@@ -18,7 +18,7 @@ from guardspace_kernels.arguments import boolean, instance, integer, shown
 from guardspace_kernels.evaluate.generation import generate
 from guardspace_kernels.evaluate.report import EvaluationReport
 from guardspace_kernels.guard.batches import end_tokens, evaluating, needs_decoder_ids, positions_of
-from guardspace_kernels.guard.judges import REFUSALS, Judge, judge_name, judge_opening, judged
+from guardspace_kernels.guard.judges import REFUSALS, Judge, checked_judge, judge_name, judged
 from guardspace_kernels.guard.layers import base_model, peft_model, unwrapped
 from guardspace_kernels.guard.prompt_files import Prompt, texts_of
 from guardspace_kernels.integrations.chat import prompt_tokens
@@ -63,9 +63,7 @@ class RefusalEvaluator:
         self.answer_tokens = integer("answer_tokens", answer_tokens, 1)
         self.batch_size = integer("batch_size", batch_size, 1)
         self.progress = boolean("progress", progress)
-        if judge is not None and not callable(judge):
-            raise TypeError(f"judge must be called with a prompt and an answer, got {shown(judge)}")
-        self.judge, self.tokenizer = judge or judge_opening, tokenizer
+        self.judge, self.tokenizer = checked_judge(judge), tokenizer
         known = _sourced(tokenizer, harmful, chat)
         self.sources = [source for source, _, _ in known]
         self.harmful = [ids for _, _, (_, ids) in known]
@@ -178,26 +176,34 @@ class RefusalEvaluator:
         """ValueError unless the model can read the prompts, with room for answers."""
         if needs_decoder_ids(model):
             raise ValueError(f"model is an encoder-decoder model, {type(base_model(model)).__name__}; give a decoder")
+        self.check_lengths(getattr(base_model(model), "config", None))
         embeddings = getattr(base_model(model), "get_input_embeddings", lambda: None)()
-        known, limit = (
-            getattr(embeddings, "num_embeddings", None),
-            positions_of(getattr(base_model(model), "config", None)),
-        )
-        for name, prompts, new in (
-            ("harmful prompt", self.harmful, self.answer_tokens),
-            ("lookalike", self.lookalikes, self.answer_tokens),
-            ("task prompt", self.task, self.task_tokens),
-        ):
+        known = getattr(embeddings, "num_embeddings", None)
+        for name, prompts, _ in self._parts():
             for number, ids in enumerate(prompts, 1):
                 if known is not None and max(ids) >= known:
                     raise ValueError(
                         f"{name} {number} holds token {max(ids)}, but model knows {known}; give the model's tokenizer"
                     )
+
+    def check_lengths(self, config: Any) -> None:
+        """ValueError if a prompt and its answer are longer than a model of that configuration has positions for."""
+        limit = positions_of(config)
+        for name, prompts, new in self._parts():
+            for number, ids in enumerate(prompts, 1):
                 if limit is not None and len(ids) + new > limit:
                     raise ValueError(
                         f"{name} {number} has {len(ids)} tokens, and {new} more are to follow, but model has {limit} "
                         "positions; shorten or leave out the prompt"
                     )
+
+    def _parts(self) -> list[tuple[str, list[list[int]], int]]:
+        """What to call a prompt, the prompts, and how many tokens follow each."""
+        return [
+            ("harmful prompt", self.harmful, self.answer_tokens),
+            ("lookalike", self.lookalikes, self.answer_tokens),
+            ("task prompt", self.task, self.task_tokens),
+        ]
 
 
 def evaluate_refusals(

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ from guardspace_kernels.guard.collecting.witness import listed
 from guardspace_kernels.guard.exclusive import Unchanged
 from guardspace_kernels.guard.files import StoredTensor
 from guardspace_kernels.guard.fingerprint import ModelFingerprint
+from guardspace_kernels.guard.judges import BatchJudge, Judge, judge_name, warn_of_unrefused
 from guardspace_kernels.guard.layers import find_layers, linear_weight, unwrapped
 from guardspace_kernels.guard.lockstep import Lockstep
 from guardspace_kernels.guard.passes import CollectionPlan, Replay, parse_bytes, plan_passes, release_memory
@@ -126,6 +128,9 @@ def collect_statistics(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 1,
     max_memory: int | str | None = None,
+    tokenizer: Any = None,
+    judge: Judge | None = None,
+    allow_unrefused: bool = False,
 ) -> CalibrationStatistics:
     """One pass over safety-triggering prompts: ``C = Xᵀ X`` of the input of every guarded layer.
 
@@ -177,6 +182,12 @@ def collect_statistics(
             beginning; all batches are then held in memory. Finished triangles go into files: beside the checkpoint, as
             ``checkpoint.0``, ``.1``..., or deleted ones in the folder for temporary files (``TMPDIR``). The plan is
             shown before; the bits are those of a single pass.
+        tokenizer: the model's. With it the model's own answers are judged, and the statistics tell how many prompts the
+            model refused. Needs ``answer_tokens``.
+        judge: ``judge(prompt, answer)`` -> "refuses", "complies" or "other"; default
+            :func:`guardspace_kernels.judge_opening`.
+        allow_unrefused: no warning where the model refused fewer than 80% of the prompts. What it answers instead is
+            protected as it is: an answer.
 
     Returns:
         :class:`CalibrationStatistics`.
@@ -202,6 +213,13 @@ def collect_statistics(
         raise ValueError("separate_prefix needs separate_sink=True: the first token is the first of the prefix")
     weights = checked_weights(kind_weights)
     checkpoint_every = integer("checkpoint_every", checkpoint_every, 1)
+    allow_unrefused, refusals = boolean("allow_unrefused", allow_unrefused), None
+    if tokenizer is not None:
+        refusals = BatchJudge(tokenizer, judge)
+        if not answer_tokens:
+            raise ValueError("tokenizer is for judging the model's answers, of which answer_tokens=0 gives none")
+    elif judge is not None:
+        raise ValueError(f"judge is {shown(judge)}, and judges texts: give the model's tokenizer too")
     parse_bytes("max_memory", max_memory)
     model = unwrapped(model)
     lockstep = Lockstep(model)
@@ -217,6 +235,8 @@ def collect_statistics(
     options = {"answer_tokens": answer_tokens, "separate_sink": separate_sink, "dtype": str(dtype)}
     if separate_prefix or weights != EQUAL:
         options |= {"separate_prefix": separate_prefix, "kind_weights": list(weights)}
+    if refusals is not None:
+        options["judge"] = judge_name(refusals.judge)
     routing = Routing(model)
     trial = Trial(model, layers, routing, lockstep)
     passes, replay, once, probes = [list(layers)], None, False, None
@@ -236,7 +256,7 @@ def collect_statistics(
         inputs: list[InputStatistics] = []
         unseen: list[str] = []
         answered: dict[int, Batch] = {}
-        prompts = 0
+        prompts, verdicts = 0, (0, 0)
         for number, names in enumerate(passes):
             collector = Collector(layers, names, dtype, separate_sink, routing, trial.stream, probes, weights)
             path, every = checkpoint, checkpoint_every
@@ -260,9 +280,13 @@ def collect_statistics(
                     apart = max(1, min(separate_prefix, template.before))
                     if state.has(index, raw):
                         continue
+                told = 0, 0
                 batch = answered.get(index) or to_device(model, raw)
                 if answer_tokens and index not in answered:
                     batch = with_answers(model, batch, answer_tokens)
+                    if refusals is not None and number == 0:
+                        with lockstep.step():
+                            told = refusals.of(batch["input_ids"], batch["attention_mask"], mask.shape[1])
                     if several:
                         answered[index] = batch
                 trial.look(batch, index)
@@ -282,10 +306,11 @@ def collect_statistics(
                 once = once or (not several and collector.once(model))
                 with lockstep.step():
                     collector.end_batch()
-                    state.add(raw, int(read.first.sum()), save=(index + 1) % every == 0)
+                    state.add(raw, int(read.first.sum()), (index + 1) % every == 0, *told)
             with lockstep.step():
                 state.end(index + 1)
                 prompts, sampler = state.prompts, collector.sampler
+                verdicts = (state.judged, state.refused) if number == 0 else verdicts
                 if prompts == 0:
                     raise ValueError(_NO_PROMPT)
                 idle = [name for name in names if name not in collector.input_of]
@@ -307,7 +332,9 @@ def collect_statistics(
         one.routed = routing.routed(one.layers[0])
     inputs.sort(key=lambda one: order[one.layers[0]] if one.routed else -1)
     held, kind_tokens, distinct = sampler.held_prompts, tuple(sampler.kind_tokens), tuple(sampler.distinct)
-    return CalibrationStatistics(inputs, fingerprint, prompts, held, kind_tokens, weights, distinct)
+    made = CalibrationStatistics(inputs, fingerprint, prompts, held, kind_tokens, weights, distinct, *verdicts)
+    warn_of_unrefused(made.judged, made.refused, allow_unrefused)
+    return made
 
 
 def _of_no_token(layers: list[str], features: int, dtype: torch.dtype) -> InputStatistics:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from guardspace_kernels.arguments import boolean, instance
 from guardspace_kernels.guard.coverage import Coverage, InputCoverage, measured
+from guardspace_kernels.guard.judges import warn_of_unrefused
 from guardspace_kernels.guard.layers import (
     check_bare,
     find_layers,
@@ -160,6 +161,7 @@ def plan_guard(
     progress: bool = True,
     max_memory: int | str | None = None,
     allow_few_prompts: bool = False,
+    allow_unrefused: bool = False,
 ) -> GuardPlan:
     """Decides, layer by layer, what is protected and where the adapter starts.
 
@@ -187,6 +189,7 @@ def plan_guard(
         max_memory: bytes, or a text such as "4GB", that the solves which run at the same time may take, on the CPU or
             on one GPU; at least one runs, whatever it takes. The plan itself, which grows meanwhile, comes on top.
         allow_few_prompts: plan from fewer prompts or tokens all the same.
+        allow_unrefused: no warning where the statistics tell that the model refused fewer than 80% of the prompts.
 
     Raises:
         EmptyNullSpaceError: a layer whose adapter could not learn, and what to change.
@@ -201,6 +204,7 @@ def plan_guard(
     instance("config", config, (GuardConfig, type(None)), "a GuardConfig or None")
     progress = boolean("progress", progress)
     allow_few_prompts = boolean("allow_few_prompts", allow_few_prompts)
+    allow_unrefused = boolean("allow_unrefused", allow_unrefused)
     parse_bytes("max_memory", max_memory)
     config, model = config or GuardConfig(), unwrapped(model)
     if is_sharded(model):
@@ -221,6 +225,7 @@ def plan_guard(
     stats.fingerprint.check_model(model, names, "the statistics")
     if config.projector:
         _check_enough(stats, allow_few_prompts)
+        warn_of_unrefused(stats.judged, stats.refused, allow_unrefused)
 
     used = [entry for entry in stats.inputs if any(name in names for name in entry.layers)]
 

@@ -33,6 +33,8 @@ _HEADER = forms.fields(
         "kind_tokens": forms.exactly(*3 * [forms.count]),
         "kind_weights": forms.exactly(*3 * [forms.number]),
         "distinct": forms.several(forms.count, at_most=FEWEST_PROMPTS),
+        "judged": forms.count,
+        "refused": forms.count,
     },
 )
 
@@ -157,6 +159,7 @@ class CalibrationStatistics:
         kind_tokens: how many tokens, the first ones apart, are of each kind: template, request, answer.
         kind_weights: with which they are counted.
         distinct: hashes of different prompts among them, 16 if there are as many; none in statistics that do not tell.
+        judged, refused: of how many prompts the model's own answer was judged, and how many of these it refused.
     """
 
     inputs: list[InputStatistics]
@@ -166,6 +169,13 @@ class CalibrationStatistics:
     kind_tokens: tuple[int, ...] = (0, 0, 0)
     kind_weights: tuple[float, ...] = EQUAL
     distinct: tuple[int, ...] = ()
+    judged: int = 0
+    refused: int = 0
+
+    @property
+    def refused_share(self) -> float | None:
+        """Of the prompts whose answers were judged, the share that the model refused; None if none was."""
+        return self.refused / self.judged if self.judged else None
 
     @property
     def weighting(self) -> str:
@@ -205,8 +215,10 @@ class CalibrationStatistics:
         merged = [a.merge(b) for a, b in zip(self.inputs, other.inputs, strict=True)]
         kinds = tuple(a + b for a, b in zip(self.kind_tokens, other.kind_tokens, strict=True))
         prompts, held = self.prompts + other.prompts, self.held_prompts + other.held_prompts
+        distinct = _distinct(self.distinct, other.distinct)
+        counts = self.judged + other.judged, self.refused + other.refused
         return CalibrationStatistics(
-            merged, self.fingerprint, prompts, held, kinds, self.kind_weights, _distinct(self.distinct, other.distinct)
+            merged, self.fingerprint, prompts, held, kinds, self.kind_weights, distinct, *counts
         )
 
     def all_reduce(self, group: Any = None) -> CalibrationStatistics:
@@ -232,9 +244,9 @@ class CalibrationStatistics:
             dist.all_reduce(t, group=group)
             return t.cpu()
 
-        whole = torch.tensor([self.prompts, self.held_prompts, *self.kind_tokens])
+        whole = torch.tensor([self.prompts, self.held_prompts, self.judged, self.refused, *self.kind_tokens])
         each = torch.tensor([(e.tokens, e.sink_tokens, e.held_tokens) for e in self.inputs])
-        prompts, held_prompts, *kinds = summed(whole).tolist()
+        prompts, held_prompts, judged, refused, *kinds = summed(whole).tolist()
         reduced = []
         for entry, counts, *theirs in zip(
             self.inputs, summed(each).tolist(), *(entries for *_, entries in gathered), strict=True
@@ -257,7 +269,7 @@ class CalibrationStatistics:
             )
         distinct = functools.reduce(_distinct, (told for *_, told, _ in gathered))
         counts = prompts, held_prompts, tuple(kinds)
-        return CalibrationStatistics(reduced, self.fingerprint, *counts, self.kind_weights, distinct)
+        return CalibrationStatistics(reduced, self.fingerprint, *counts, self.kind_weights, distinct, judged, refused)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically: of every covariance its lower triangle."""
@@ -273,6 +285,8 @@ class CalibrationStatistics:
             "kind_tokens": self.kind_tokens,
             "kind_weights": self.kind_weights,
             "distinct": self.distinct,
+            "judged": self.judged,
+            "refused": self.refused,
             "inputs": inputs,
             "fingerprint": self.fingerprint.to_header(),
         }
@@ -294,15 +308,15 @@ class CalibrationStatistics:
         inputs = [InputStatistics.of(tensors, str(i), **entry) for i, entry in enumerate(header["inputs"])]
         counts = header.get("held_prompts", 0), tuple(header.get("kind_tokens", (0, 0, 0)))
         weights, distinct = tuple(header.get("kind_weights", EQUAL)), tuple(header.get("distinct", ()))
-        return cls(
-            inputs, ModelFingerprint.from_header(header["fingerprint"]), header["prompts"], *counts, weights, distinct
-        )
+        fingerprint, judged = ModelFingerprint.from_header(header["fingerprint"]), header.get("judged", 0)
+        return cls(inputs, fingerprint, header["prompts"], *counts, weights, distinct, judged, header.get("refused", 0))
 
     def __repr__(self) -> str:
         tokens = max((entry.tokens for entry in self.inputs), default=0)
+        judged = f", {self.refused} of {self.judged} refused" if self.judged else ""
         return (
             f"CalibrationStatistics({len(self._by_layer)} layers, {len(self.inputs)} distinct inputs, "
-            f"{self.prompts} prompts, {tokens} tokens)"
+            f"{self.prompts} prompts, {tokens} tokens{judged})"
         )
 
 

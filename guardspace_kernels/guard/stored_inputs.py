@@ -21,12 +21,15 @@ _ROW_DTYPES = (*_DTYPES, torch.float16, torch.bfloat16)  # as a model computes
 
 
 def check_prompts(path: str | os.PathLike[str], header: Mapping[str, Any], least: int = 1) -> None:
-    """ValueError unless a file counts ``least`` prompts or more, and no fewer than it holds out or tells apart."""
+    """ValueError unless a file counts ``least`` prompts or more, and no fewer than it holds out, tells apart or judges,
+    nor judges fewer than were refused."""
     prompts, held, distinct = header["prompts"], header.get("held_prompts", 0), len(header.get("distinct", ()))
-    if prompts < max(least, held, distinct):
+    judged, refused = header.get("judged", 0), header.get("refused", 0)
+    if prompts < max(least, held, distinct, judged) or judged < refused:
         raise ValueError(
             f"{os.fspath(path)} counts {prompts} prompts, but {least} or more were collected, {held} of them can be "
-            f"held out and {distinct} are distinct; the file was altered: make it again"
+            f"held out, {distinct} are distinct, {judged} were judged and {refused} refused; the file was altered: "
+            "make it again"
         )
 
 

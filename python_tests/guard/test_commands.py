@@ -1,10 +1,12 @@
 """guardspace collect, plan, certify and export, from text files to a LoRA, on a tiny model on disk."""
 
 import json
+import warnings
 
 import pytest
 import torch
 from guard_helpers import assert_same_bits, perturb, planned, tiny_llama
+from transformers import AutoTokenizer
 
 import guardspace_kernels as gk
 from guardspace_kernels.cli import main
@@ -34,6 +36,9 @@ def folder(tmp_path_factory):
 
 
 def run(folder, *arguments):
+    """Of a model that refuses nothing."""
+    allowed = ["--allow-unrefused"] if arguments[0] in ("collect", "plan") else []
+    arguments = [*arguments, *allowed]
     return main([str(folder / a) if a in PATHS and i else a for i, a in enumerate(arguments)])
 
 
@@ -62,7 +67,10 @@ def test_collect_goes_through_the_chat_template_and_plan_uses_it(folder, stats, 
     rows = torch.tensor([[0] * (width - len(row)) + row for row in ids])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
     batches = [{"input_ids": rows, "attention_mask": mask}]
-    expected = gk.collect_statistics(tiny_llama(), batches, answer_tokens=2, progress=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    with pytest.warns(UserWarning, match=r"REFUSED ONLY 0 OF 5 calibration prompts \(0%\)"):
+        expected = gk.collect_statistics(tiny_llama(), batches, answer_tokens=2, progress=False, tokenizer=tokenizer)
+    assert expected.refused_share == stats.refused_share == 0
     assert_same_bits(stats, expected)
     config = gk.GuardConfig(rank=3, protect=0.8)
     assert plan.fingerprint == planned(tiny_llama(), expected, config).fingerprint
@@ -398,3 +406,81 @@ def test_prompts_that_are_too_long_or_answered_are_named(folder, tmp_path, capsy
     line = refused(folder, capsys, "collect", "model", str(tmp_path / "talk.json"), *arguments)
     assert "prompt 1 ends with an assistant's message" in line
     assert run(folder, "collect", "model", str(tmp_path / "talk.json"), *arguments[:-1], "0") == 0
+
+
+def test_statistics_of_prompts_that_are_answered_warn_unless_allowed(folder, stats, tmp_path, capsys):
+    arguments = ["collect", str(folder / "model"), str(folder / "prompts.txt"), "--out", str(tmp_path / "s")]
+    with pytest.warns(UserWarning, match="REFUSED ONLY 0 OF 5"):
+        assert main([*arguments, "--answer-tokens", "2"]) == 0
+    assert "0 of 5 refused" in capsys.readouterr().out
+    plan = ["plan", str(folder / "model"), str(tmp_path / "s"), "--out", str(tmp_path / "p"), "--rank", "3", FEW]
+    with pytest.warns(UserWarning, match="REFUSED ONLY 0 OF 5"):
+        assert main([*plan, "--protect", "0.8"]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert main([*plan, "--protect", "0.8", "--allow-unrefused"]) == 0
+        assert main([*arguments, "--answer-tokens", "0"]) == 0  # nothing is known of answers
+        assert main([*plan, "--protect", "0.8"]) == 0
+    assert gk.CalibrationStatistics.load(tmp_path / "s").refused_share is None
+
+
+def test_evaluate_reports_a_model_and_its_adapter(folder, adapter, tmp_path, capsys):
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"goal": p}) for p in PROMPTS[:2]))
+    (tmp_path / "task.csv").write_text("prompt,answer\nw5 w6,w1\nw9,w2\n")
+    options = ["--harmful", "prompts.txt", str(tmp_path / "b.jsonl"), "--column", "goal", "--answer-tokens", "3"]
+    options += ["--lookalikes", "prompts.jsonl", "--task", str(tmp_path / "task.csv"), "--batch-size", "2"]
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": p, "goal": p}) for p in PROMPTS))
+    out = tmp_path / "report.json"
+    assert run(folder, "evaluate", "model", *options, "--adapter", "adapter", "--json", str(out), "--answers") == 0
+    shown = capsys.readouterr().out
+    report, tokenizer = gk.EvaluationReport.load(out), AutoTokenizer.from_pretrained(folder / "model")
+    expected = gk.evaluate_refusals(
+        adapter, tokenizer, {"prompts": PROMPTS, "b": PROMPTS[:2]}, lookalikes=PROMPTS, base="adapter_off",
+        task=[("w5 w6", "w1"), ("w9", "w2")], answer_tokens=3, progress=False,
+    )  # fmt: skip
+    assert report.answers == expected.answers and report.base.answers == expected.base.answers
+    assert report.sources == expected.sources and report.kl == pytest.approx(expected.kl, rel=1e-3)
+    assert "harmful prompts   refuses 0 of 7" in shown and "base model        KL" in shown
+    alone = ["evaluate", "model", "--harmful", "prompts.txt", "--json", str(out)]
+    assert run(folder, *alone, "--min-refused", "0") == 0
+    assert gk.EvaluationReport.load(out).base is None and "answers" not in json.loads(out.read_text())
+    assert run(folder, *alone, "--min-refused", "0.5") == 1
+    assert "0.0% of the harmful prompts are refused, below --min-refused 0.5" in capsys.readouterr().err
+    assert run(folder, *alone, "--base", str(folder / "model"), "--raw") == 0
+    assert gk.EvaluationReport.load(out).kl == pytest.approx(0, abs=1e-6)
+
+
+def test_evaluate_draws(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert run(folder, "evaluate", "model", "--harmful", "prompts.txt", "--png", str(tmp_path / "f.png")) == 0
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_refuses_before_weights_are_loaded(folder, adapter, tmp_path, capsys, monkeypatch):
+    from guardspace_kernels import commands
+
+    def refuse(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(commands, "_model", refuse)
+    (tmp_path / "task.json").write_text('[{"prompt": "w1", "answer": [{"role": "user", "content": "w2"}]}]')
+    (tmp_path / "t.json").write_text('[{"prompt": "w1"}]')
+    harmful = ("--harmful", "prompts.txt")
+    for arguments, words in (
+        (harmful + ("--min-refused", "2"), "--min-refused must be a share from 0 to 1, got 2"),
+        (harmful + ("--answers",), "--answers writes texts into the report: give --json"),
+        (harmful + ("--base", "adapter-off"), "--base adapter-off compares with the model without its adapter"),
+        (harmful + ("--answer-tokens", "0"), "--answer-tokens must be 1 or more, got 0"),
+        (harmful + ("--batch-size", "0"), "--batch-size must be 1 or more, got 0"),
+        (
+            harmful + ("--answer-tokens", "2046"),
+            "harmful prompt 1 has 6 tokens, and 2046 more are to follow, but model",
+        ),
+        (harmful + ("--adapter", "model"), "model holds no adapter_config.json"),
+        (harmful + ("--json", "prompts.txt"), "is given as harmful too, and would be overwritten"),
+        (harmful + ("--task", str(tmp_path / "task.json")), "example 1: 'answer' must be a text"),
+        (harmful + ("--task", str(tmp_path / "t.json")), "entry 1: no column 'answer'"),
+        (harmful + ("--lookalikes", "nothing"), "--lookalikes: nothing does not exist"),
+        (("--harmful", "nothing"), "--harmful: nothing does not exist"),
+    ):
+        assert words in refused(folder, capsys, "evaluate", "model", *arguments), arguments

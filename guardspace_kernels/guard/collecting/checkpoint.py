@@ -30,7 +30,8 @@ _HEADER = forms.fields(
         "distinct": forms.several(forms.count, at_most=FEWEST_PROMPTS),
         "options": forms.named(lambda value, _: value),  # compared with the call's
         "fingerprint": fingerprint_form,
-    }
+    },
+    {"judged": forms.count, "refused": forms.count},
 )
 
 
@@ -47,7 +48,7 @@ class Checkpoint:
         options: dict[str, Any],
     ) -> None:
         self.path, self.collector, self.fingerprint, self.options = path, collector, fingerprint, options
-        self.prompts = 0
+        self.prompts = self.judged = self.refused = 0
         self.batches: list[str] = []  # a hash of each that is in the state
         self.resumed = 0
         self.saved = True
@@ -62,8 +63,8 @@ class Checkpoint:
             raise ValueError(f"batch {index} is not the one that {self._name()} was made from; {self._advice()}")
         return True
 
-    def add(self, batch: Batch, prompts: int, save: bool) -> None:
-        self.prompts += prompts
+    def add(self, batch: Batch, prompts: int, save: bool, judged: int = 0, refused: int = 0) -> None:
+        self.prompts, self.judged, self.refused = self.prompts + prompts, self.judged + judged, self.refused + refused
         if self.path is None:
             return
         self.batches.append(_batch_hash(batch))
@@ -116,6 +117,8 @@ class Checkpoint:
             "held_prompts": sampler.held_prompts,
             "kind_tokens": sampler.kind_tokens,
             "distinct": sampler.distinct,
+            "judged": self.judged,
+            "refused": self.refused,
             "options": self.options,
             "fingerprint": self.fingerprint.to_header(),
         }
@@ -160,6 +163,7 @@ class Checkpoint:
         self.collector.routing.containers.update(containers)
         self.collector.routing.flat.update(flat)
         self.batches, self.prompts = header["batches"], header["prompts"]
+        self.judged, self.refused = header.get("judged", 0), header.get("refused", 0)
         self.resumed = self.collector.batch = len(self.batches)
 
     def _check(self, names: list[str], sinks: torch.Tensor, first_batch: int, batches: int) -> None:
