@@ -1,10 +1,10 @@
 """GuardSpace as a library: fine-tune an aligned language model without losing its refusals.
 
 Five verbs: :func:`collect_statistics`, :func:`plan_guard`, :func:`attach_guard`, :func:`certify`,
-:func:`export_lora`; :func:`read_prompts` and :func:`prompt_batches` make batches of a file of prompts,
-:func:`evaluate_refusals` counts what a model refuses. The ops below
-them are in :mod:`guardspace_kernels.ops`, drop-in modules in :mod:`guardspace_kernels.nn`. Importing the package needs
-torch alone; everything else is imported where it is used.
+:func:`export_lora`; :func:`read_prompts` and :func:`prompt_batches` make batches of a file of prompts, and
+:func:`evaluate_refusals` tells what a model refuses. The ops below them are in :mod:`guardspace_kernels.ops`, drop-in
+modules in :mod:`guardspace_kernels.nn`. Importing the package needs torch alone; everything else is imported where it
+is used.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from guardspace_kernels.dispatch import use_backend
 
 if TYPE_CHECKING:
     from guardspace_kernels import nn
+    from guardspace_kernels.evaluate.callback import EvaluationCallback
     from guardspace_kernels.evaluate.refusals import RefusalEvaluator, evaluate_refusals
     from guardspace_kernels.evaluate.report import EvaluationReport, compare
     from guardspace_kernels.guard.certificate import certify
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "EvaluationCallback": "evaluate.callback",
     "EvaluationReport": "evaluate.report",
     "RefusalEvaluator": "evaluate.refusals",
     "compare": "evaluate.report",

@@ -304,6 +304,11 @@ def table(things):
             {"tokenizer": Tokenizer(), "harmful": ["1 2"], "chat": False, "progress": False},
             {"tokenizer": [*TYPES, Tokenizer], **evaluated},
         ),
+        "EvaluationCallback": (
+            gk.EvaluationCallback,
+            {"tokenizer": Tokenizer(), "harmful": ["1 2"], "chat": False},
+            {"tokenizer": [*TYPES, Tokenizer], "every": [*NO_INTEGER, 0], **evaluated},
+        ),
         "RefusalEvaluator.set_base": (t.evaluator.set_base, {"model": t.model}, {"model": NO_MODULE, "task": NO_BOOL}),
         "RefusalEvaluator.__call__": (t.evaluator, {"model": t.model}, {"model": NO_MODULE, "task": NO_BOOL}),
         "EvaluationReport.save": (t.evaluation.save, {"path": t.file}, {"path": NO_PATH, "answers": NO_BOOL}),
@@ -514,8 +519,8 @@ NAMES = [
     "nn.NullSpaceProjector.project_", "nn.ProjectedLoraLinear", "nn.ProjectedLoraLinear.from_linear",
     "nn.FusedProjectedLoraLinear.from_linears", "nn.CovarianceAccumulator", "nn.CovarianceAccumulator.update",
     "nn.CovarianceAccumulator.attach", "nn.CovarianceAccumulator.masked",
-    "evaluate_refusals", "RefusalEvaluator", "RefusalEvaluator.set_base", "RefusalEvaluator.__call__",
-    "EvaluationReport.save", "EvaluationReport.load", "compare",
+    "evaluate_refusals", "EvaluationCallback", "RefusalEvaluator", "RefusalEvaluator.set_base",
+    "RefusalEvaluator.__call__", "EvaluationReport.save", "EvaluationReport.load", "compare",
 ]  # fmt: skip
 
 

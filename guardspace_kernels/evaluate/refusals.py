@@ -97,6 +97,10 @@ class RefusalEvaluator:
         self._base = None
         return self._evaluated(model, task, description, base=True)
 
+    def forget_base(self) -> None:
+        """Later models are compared with none, and nothing is guessed of their answers."""
+        self._base = None
+
     def __call__(self, model: nn.Module, *, task: bool = True, description: str = "evaluate") -> EvaluationReport:
         """Evaluates a model, which is left in the mode it was in; ``task=False`` leaves the task out."""
         return self._evaluated(model, task, description, base=False)
