@@ -124,7 +124,7 @@ def _batch(text: str) -> Batch:
     if text == "packed":
         tokens = [token for prompt, answer in examples for token in (*prompt, *answer)]
         return Batch.packed(torch.tensor(tokens[: ROWS * TOKENS]).view(ROWS, TOKENS))
-    drawn = training._batches(examples, ROWS, random.Random(0))
+    drawn = training.example_batches(examples, ROWS, random.Random(0))
     lengths = lambda batch: [len(prompt) + len(answer) for prompt, answer in batch]  # noqa: E731
     batches = sorted((next(drawn) for _ in range(demo().settings.steps)), key=lambda batch: sum(lengths(batch)))
     batch = batches[len(batches) // 2]

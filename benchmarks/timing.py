@@ -269,7 +269,7 @@ def environment(threads: int, device: torch.device = CPU) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         **({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
         "flags": cpu_flags(),
         "torch_level": torch.backends.cpu.get_cpu_capability(),
@@ -293,7 +293,7 @@ def cpu_line(environment: dict[str, Any]) -> str:
     return f"{environment['cpu']}, {kind}, {environment['threads']} of {environment['cores']} threads"
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -201,13 +201,14 @@ def fetch(packages: Iterable[Package] = PACKAGES) -> None:
                 os.replace(staged, target)
 
 
-def _words(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
+    """The words of a text, in lower case."""
     return frozenset(re.findall(r"[a-z]+", text.lower()))
 
 
 def near_duplicate(text: str, others: Sequence[frozenset[str]], threshold: float = 0.6) -> bool:
     """Whether the word set of `text` has a Jaccard similarity of at least `threshold` to one of `others`."""
-    words = _words(text)
+    words = word_set(text)
     return any(len(words & other) >= threshold * len(words | other) for other in others)
 
 
@@ -243,7 +244,7 @@ def load_heldout_harmful(max_words: int = 40) -> list[tuple[str, str]]:
     with STRONGREJECT.path().open(encoding="utf-8", newline="") as stream:
         strong = [row["forbidden_prompt"] for row in csv.DictReader(stream) if row["source"] != "AdvBench"]
     harmbench = HARMBENCH.path().read_text(encoding="utf-8").splitlines()
-    seen = [_words(request) for request in load_advbench()]
+    seen = [word_set(request) for request in load_advbench()]
     pools: list[list[tuple[str, str]]] = []
     for source, requests in (("StrongREJECT", strong), ("HarmBench", harmbench)):
         kept = []
@@ -251,7 +252,7 @@ def load_heldout_harmful(max_words: int = 40) -> list[tuple[str, str]]:
             request = " ".join(request.split())
             if request and len(request.split()) <= max_words and not near_duplicate(request, seen):
                 kept.append((source, request))
-                seen.append(_words(request))
+                seen.append(word_set(request))
         random.Random(1).shuffle(kept)
         pools.append(kept)
     paired = [pair for pairs in zip(*pools, strict=False) for pair in pairs]
@@ -315,7 +316,7 @@ def load_data(
     unseen = load_lookalikes()
     own_lookalikes = harmless_lookalikes()
     # Our own look-alikes are trained on in the alignment, so nothing close to them may be tested.
-    own_words = [_words(question) for question in own_lookalikes]
+    own_words = [word_set(question) for question in own_lookalikes]
     unseen = [question for question in unseen if not near_duplicate(question, own_words, 0.5)]
     used = max(0, align_harmless - len(own_lookalikes))
     # The test sentences start at a fixed place so that the quick test set is a part of the full one.

@@ -143,12 +143,14 @@ def load_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(path)
 
 
-def own_answers(path: Path, prompts: list[str], new_tokens: int, description: str) -> list[Example]:
+def own_answers(
+    path: Path, prompts: list[str], new_tokens: int, description: str, dtype: torch.dtype | None = None
+) -> list[Example]:
     """The checkpoint's own greedy answers to `prompts`, as examples to train on; cached on disk."""
-    dtype = str(best_dtype(best_device()))
-    target = cache_dir() / "answers" / _key(path.name, prompts, new_tokens, dtype)
+    dtype = dtype or best_dtype(best_device())
+    target = cache_dir() / "answers" / _key(path.name, prompts, new_tokens, str(dtype))
     if not target.is_dir():
-        model, tokenizer = load_model(path), load_tokenizer(path)
+        model, tokenizer = load_model(path, dtype), load_tokenizer(path)
         encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
         with tqdm(total=len(prompts), desc=description, unit="prompt") as bar:
             answers = generate(model, encoded, new_tokens=new_tokens, end=tokenizer.eos_token_id, tick=bar.update)
@@ -160,21 +162,21 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value))
 
 
-def aligned_model(data: DemoData, recipe: AlignmentRecipe) -> Path:
+def aligned_model(data: DemoData, recipe: AlignmentRecipe, dtype: torch.dtype | None = None) -> Path:
     """Folder of the model after it was taught to refuse; trained on first use, then cached.
 
-    Harmful requests are answered by one of a few refusals, harmless ones by the model's own answers.
+    Harmful requests are answered by one of a few refusals, harmless ones by the model's own answers. `dtype` is that of
+    the training, by default the best of this machine.
     """
-    base = converted_model()
-    dtype = str(best_dtype(best_device()))
-    key = _key(asdict(recipe), base.name, data.align_harmful, data.align_harmless, REFUSALS, dtype)
+    base, dtype = converted_model(), dtype or best_dtype(best_device())
+    key = _key(asdict(recipe), base.name, data.align_harmful, data.align_harmless, REFUSALS, str(dtype))
     target = cache_dir() / "models" / f"smollm2-135m-aligned-{key}"
     if (target / "config.json").is_file():
         return target
     from peft import LoraConfig, get_peft_model
 
-    harmless = own_answers(base, data.align_harmless, recipe.answer_tokens, "align: own answers")
-    model, tokenizer = load_model(base), load_tokenizer(base)
+    harmless = own_answers(base, data.align_harmless, recipe.answer_tokens, "align: own answers", dtype)
+    model, tokenizer = load_model(base, dtype), load_tokenizer(base)
     rng = random.Random(recipe.seed)
     harmful = [
         (encode_prompt(tokenizer, request), encode_answer(tokenizer, rng.choice(REFUSALS)))

@@ -68,7 +68,7 @@ def answer_logits(model: nn.Module, examples: Sequence[Example], pad: int) -> tu
     return logits[kept].float(), labels[kept]
 
 
-def _batches(examples: Sequence[Example], batch_size: int, rng: random.Random) -> Iterator[list[Example]]:
+def example_batches(examples: Sequence[Example], batch_size: int, rng: random.Random) -> Iterator[list[Example]]:
     """Endless shuffled batches of similar lengths (sorted within four batches, which saves padding)."""
     while True:
         order = rng.sample(range(len(examples)), len(examples))
@@ -116,7 +116,7 @@ def train(
     linearly to a tenth. Of the models in `keep` the adapter is copied at every step after which the mean of the last
     five losses is the lowest so far.
     """
-    batches = _batches(examples, batch_size, random.Random(seed))
+    batches = example_batches(examples, batch_size, random.Random(seed))
     trainings = [_Training(model) for model in models]
     with tqdm(range(steps), desc=description, unit="step") as bar:
         for step in bar:

@@ -44,7 +44,7 @@ def test_a_failed_download_says_what_was_wanted_and_leaves_nothing(cache, packag
 
 
 def test_near_duplicates_share_most_of_their_words():
-    known = [data._words("Explain how a bicycle pump works")]
+    known = [data.word_set("Explain how a bicycle pump works")]
     assert data.near_duplicate("explain how a bicycle pump really works", known)
     assert not data.near_duplicate("Explain how a kettle boils water", known)
 

@@ -1,0 +1,74 @@
+"""``python -m benchmarks.evidence run | report``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .cells import RESULTS, TIERS, missing, save
+
+
+def seconds(text: str) -> float:
+    """Of such as "150m", "2h" or "90s"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be such as 150m, 2h or 90s, got {text!r}")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="work through the cells that are missing")
+    run.add_argument("--budget", type=seconds, help="begin no cell after that time, e.g. 150m")
+    run.add_argument("--tier", nargs="+", choices=TIERS, default=list(TIERS), help="of cells (default: all, in order)")
+    run.add_argument("--method", nargs="+", metavar="NAME", help="these methods alone")
+    run.add_argument("--threads", type=int, help="of PyTorch (default: all cores)")
+    run.add_argument("--data", type=Path, metavar="FOLDER", help="with the AG News files of AsFT's repository")
+    show = commands.add_parser("report", help="tables of the cells that are there, and figures")
+    show.add_argument("--figures", type=Path, metavar="FOLDER", help="draw the figures there")
+    for command in (run, show):
+        command.add_argument("--folder", type=Path, default=RESULTS, help="of the cells (default: %(default)s)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    if options.command == "report":
+        from .report import report
+
+        print(report(options.folder))
+        if options.figures:
+            from .figures import draw
+
+            draw(options.folder, options.figures)
+        return 0
+    return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    import torch
+
+    from .running import Laboratory
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    began, laboratory = time.monotonic(), Laboratory(options.data)
+    left = [one for one in missing(options.folder, options.tier) if not options.method or one.method in options.method]
+    for number, one in enumerate(left, 1):
+        if options.budget is not None and time.monotonic() - began > options.budget:
+            print(f"the budget is spent; {len(left) - number + 1} cells are left")
+            break
+        started = time.monotonic()
+        result = laboratory.run(one)
+        path = save(options.folder, one, result)
+        print(f"{number} of {len(left)}: {one}: {time.monotonic() - started:.0f} s, {path.name}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
