@@ -1,5 +1,7 @@
 import dataclasses
+import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,3 +189,31 @@ def test_the_budget_stops_before_the_next_cell(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
     assert command.main(["run", "--folder", str(tmp_path), "--tier", "b", "--method", "replay"]) == 0
     assert len(list(tmp_path.iterdir())) == sum(one.method == "replay" for one in cells.tier_cells("b"))
+
+
+#: What the results of cells depend on, by file of benchmarks/evidence.
+CODE = {
+    "evaluation": "eeda3d018bb5",
+    "prompts": "81549c267661",
+    "running": "0f43d87553e1",
+    "setting": "7195ea825418",
+    "asft": "63f1fdbec59d",
+    "base": "0f32442257c0",
+    "guardspace": "241fbfa085b7",
+    "lora_null": "81f991ad1760",
+    "projected": "978d00b235ca",
+    "replay": "e8d40b07c95e",
+    "safe_lora": "21baa6c63ac2",
+    "safegrad": "18e80f378ee4",
+    "sbr": "2fec0cffd5a8",
+    "small_rate": "8b57b9315e42",
+}
+
+
+def test_code_that_changes_results_gets_a_new_version():
+    """Cells are kept as long as their version stays. Where this fails: if results may change, raise PROTOCOL, or the
+    method's version; then put the new hash here."""
+    folder = Path(cells.__file__).parent
+    shared = [folder / f"{name}.py" for name in ("evaluation", "prompts", "running", "setting")]
+    files = [*shared, *sorted((folder / "methods").glob("[!_]*.py"))]
+    assert {path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files} == CODE
