@@ -217,3 +217,22 @@ def test_code_that_changes_results_gets_a_new_version():
     shared = [folder / f"{name}.py" for name in ("evaluation", "prompts", "running", "setting")]
     files = [*shared, *sorted((folder / "methods").glob("[!_]*.py"))]
     assert {path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files} == CODE
+
+
+def test_figures_are_drawn_of_the_cells_that_there_are(tmp_path):
+    from benchmarks.evidence import figures
+
+    assert set(figures.COLOURS) == set(METHODS)
+    assert figures.draw(tmp_path / "cells", tmp_path) == []
+    rng = np.random.default_rng(0)
+    for seed in cells.SEEDS:
+        cells.save(tmp_path, cells.start(seed, "sentiment"), result())
+        for poison, method, chance in (
+            ("0", "GuardSpace", 0.95), ("0.1", "GuardSpace", 0.9), ("0", "plain LoRA", 0.3), ("0.1", "plain LoRA", 0.1),
+        ):  # fmt: skip
+            verdicts = "".join("r" if rng.uniform() < chance else "o" for _ in range(8))
+            drift = {"x": float(rng.uniform(0.01, 1) * (1.1 - chance))}
+            cells.save(tmp_path, cells.cell(method, "sentiment", poison, seed), result(verdicts, "1011", drift=drift))
+    files = figures.draw(tmp_path, tmp_path / "figures")
+    assert [path.stem for path in files] == ["plane", "poison", "drift", "contrasts"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
