@@ -129,7 +129,7 @@ def test_every_rank_size_and_number_of_tokens(isa, dtype, r, monkeypatch):
     results = {case: run(*inputs) for case, inputs in cases.items()}
     for case, inputs in cases.items():
         assert_exact(results[case], *inputs, case=f"T, d_in, d_out = {case}")
-    for threads, whole in ((1, True), (2, False), (4, True)):
+    for threads, whole in ((1, True), (4, False)):  # of one call's threads others tell: both give the same bits
         in_one_call(monkeypatch, whole)
         with use_threads(threads):
             for case, inputs in cases.items():
@@ -284,6 +284,20 @@ def test_strides_change_nothing(isa, layout, dtype, dropout, monkeypatch):
         ours = run(x, call, dy, **more)
         in_one_call(monkeypatch, False)
         assert same(ours, run(x.contiguous(), plain, dy.contiguous(), **more))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_call_of_no_token_and_of_no_direction(isa, dtype, monkeypatch):
+    for T, k in ((0, 4), (1, 0), (33, 33), (50, 0)):
+        for complement in (True, False):
+            call = layer(dtype, 17, 33, 49, bias=True, frozen=True) | {"complement": complement}
+            call["basis"] = orthonormal(33, k, call["lora_A"].dtype)
+            x, dy = torch.randn(T, 33).to(dtype), torch.randn(T, 49).to(dtype)
+            in_one_call(monkeypatch, True)
+            ours = run(x, call, dy)
+            in_one_call(monkeypatch, False)
+            assert same(ours, run(x, call, dy)), (T, k, complement)
+            assert complement or k or not ours[2].any()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -72,7 +72,7 @@ def test_values_and_the_vectors_that_are_asked_for(name, first, last):
 
 @own
 @pytest.mark.parametrize("d", [2, 3, 4, 5, 16, 31, 32, 33, 34, 64, 65, 257, 400])
-def test_every_size(d):
+def test_every_size(isa, d):
     for first, last in ((0, d), (d // 2, d), (0, 1)):
         assert check(power_law(d), first, last)._E is None
 
