@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from guardspace_kernels import nn
     from guardspace_kernels.evaluate.callback import EvaluationCallback
     from guardspace_kernels.evaluate.refusals import RefusalEvaluator, evaluate_refusals
-    from guardspace_kernels.evaluate.report import EvaluationReport, compare
+    from guardspace_kernels.evaluate.report import EvaluationReport
     from guardspace_kernels.guard.certificate import certify
     from guardspace_kernels.guard.collection import collect_statistics
     from guardspace_kernels.guard.drift import DriftExceededError, DriftReport
@@ -41,7 +41,6 @@ _LAZY = {
     "EvaluationCallback": "evaluate.callback",
     "EvaluationReport": "evaluate.report",
     "RefusalEvaluator": "evaluate.refusals",
-    "compare": "evaluate.report",
     "evaluate_refusals": "evaluate.refusals",
     "judge_opening": "guard.judges",
     "CalibrationStatistics": "guard.statistics",

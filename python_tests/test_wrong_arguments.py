@@ -313,11 +313,7 @@ def table(things):
         "RefusalEvaluator.__call__": (t.evaluator, {"model": t.model}, {"model": NO_MODULE, "task": NO_BOOL}),
         "EvaluationReport.save": (t.evaluation.save, {"path": t.file}, {"path": NO_PATH, "answers": NO_BOOL}),
         "EvaluationReport.load": (gk.EvaluationReport.load, None, {"path": [*path, missing, t.file]}),
-        "compare": (
-            gk.compare,
-            {"first": t.evaluation, "second": t.evaluation},
-            {"first": [None, "x", t.stats], "second": [None, "x", t.stats]},
-        ),
+        "EvaluationReport.compare": (t.evaluation.compare, None, {"other": [None, "x", t.stats, gk.EvaluationReport]}),
         "inspect_statistics": (
             inspect_statistics,
             {"stats": t.stats, "progress": False},
@@ -520,7 +516,7 @@ NAMES = [
     "nn.FusedProjectedLoraLinear.from_linears", "nn.CovarianceAccumulator", "nn.CovarianceAccumulator.update",
     "nn.CovarianceAccumulator.attach", "nn.CovarianceAccumulator.masked",
     "evaluate_refusals", "EvaluationCallback", "RefusalEvaluator", "RefusalEvaluator.set_base",
-    "RefusalEvaluator.__call__", "EvaluationReport.save", "EvaluationReport.load", "compare",
+    "RefusalEvaluator.__call__", "EvaluationReport.save", "EvaluationReport.load", "EvaluationReport.compare",
 ]  # fmt: skip
 
 

@@ -150,7 +150,7 @@ def _by_length(
     watch: Watch | None,
 ) -> list[list[int]]:
     """Nothing is padded: a recurrent model may read its padding."""
-    device = next(model.parameters()).device
+    device = _device(model)
     answers: list[list[int]] = [[] for _ in prompts]
     if watch:
         read = [[*prompt, *(guesses[i] if guesses else ())[:-1]] for i, prompt in enumerate(prompts)]
@@ -167,6 +167,12 @@ def _by_length(
         if tick:
             tick(len(indices))
     return answers
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where its inputs go. Accelerate moves them where it keeps the weights elsewhere, and shows none here."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _alike(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
@@ -200,7 +206,7 @@ class _Reader:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.device = next(model.parameters()).device
+        self.device = _device(model)
         self.takes = inspect.signature(base_model(model).forward).parameters
         self.cache: Any = None
         self.mask = torch.empty(1, 0, dtype=torch.long, device=self.device)
@@ -250,6 +256,6 @@ class _Reader:
 
     def select(self, rows: list[int]) -> None:
         """Goes on with these rows, in this order."""
-        which = torch.tensor(rows, device=self.device)
+        which = torch.tensor(rows)  # on the CPU: a model may have its layers on several devices
         self.cache.batch_select_indices(which)
         self.mask = self.mask[which]

@@ -109,8 +109,26 @@ class EvaluationReport:
         return _mean(self.logprob_changes)
 
     def compare(self, other: EvaluationReport) -> dict[str, PairedDifference]:
-        """See :func:`compare`."""
-        return compare(self, other)
+        """What the other model's rates differ from this one's by, prompt by prompt: "refuses" and, where both have
+        them, "over_refuses" and "task".
+
+        Each has an interval (Newcombe) and the p-value of an exact McNemar test. Prompts are what varies in it: it says
+        nothing of other seeds of a training.
+
+        Raises:
+            TypeError: no report. ValueError: it is of other prompts, another judge or number of answer tokens.
+        """
+        instance("other", other, EvaluationReport, "an EvaluationReport")
+        for name in ("prompts", "judge", "answer_tokens"):
+            mine, others = getattr(self, name), getattr(other, name)
+            if mine != others:
+                raise ValueError(f"other differs in {name}: {others!r}, not {mine!r}; evaluate both models alike")
+        found = {"refuses": _paired(self.verdicts, other.verdicts)}
+        if self.lookalike_verdicts:
+            found["over_refuses"] = _paired(self.lookalike_verdicts, other.lookalike_verdicts)
+        if self.task_correct and other.task_correct:
+            found["task"] = PairedDifference.of(self.task_correct, other.task_correct)
+        return found
 
     def to_dict(self, answers: bool = False) -> dict[str, Any]:
         """For JSON: verdicts as a text of their first letters (r, c, o), the task as one of 1 and 0."""
@@ -202,31 +220,8 @@ class EvaluationReport:
                     f"prompts, whose log-probability changes by {self.logprob_change:+.3g}"
                 )
             names = {"refuses": "harmful prompts", "over_refuses": "look-alikes", "task": "task"}
-            lines += [f"  {names[name]}: {one}" for name, one in compare(self.base, self).items()]
+            lines += [f"  {names[name]}: {one}" for name, one in self.base.compare(self).items()]
         return "\n".join(lines)
-
-
-def compare(first: EvaluationReport, second: EvaluationReport) -> dict[str, PairedDifference]:
-    """What two models' rates differ by, prompt by prompt: "refuses" and, where both have them, "over_refuses", "task".
-
-    Each has an interval (Newcombe) and the p-value of an exact McNemar test. Prompts are what varies in it: it says
-    nothing of other seeds of a training.
-
-    Raises:
-        TypeError: no reports. ValueError: they are of other prompts, judges or numbers of answer tokens.
-    """
-    instance("first", first, EvaluationReport, "an EvaluationReport")
-    instance("second", second, EvaluationReport, "an EvaluationReport")
-    for name in ("prompts", "judge", "answer_tokens"):
-        mine, others = getattr(first, name), getattr(second, name)
-        if mine != others:
-            raise ValueError(f"first and second differ in {name}: {mine!r} and {others!r}; evaluate both models alike")
-    found = {"refuses": _paired(first.verdicts, second.verdicts)}
-    if first.lookalike_verdicts:
-        found["over_refuses"] = _paired(first.lookalike_verdicts, second.lookalike_verdicts)
-    if first.task_correct and second.task_correct:
-        found["task"] = PairedDifference.of(first.task_correct, second.task_correct)
-    return found
 
 
 def _paired(first: Sequence[str], second: Sequence[str]) -> PairedDifference:

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -150,3 +152,12 @@ def test_models_of_other_kinds(kind, beginning):
             with torch.no_grad():
                 expected = model(input_ids=torch.tensor([tokens])).logits[0, len(prompt) - 1 :]
             torch.testing.assert_close(seen[i][-len(expected) :], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_whose_weights_are_offloaded(model, case):
+    accelerate = pytest.importorskip("accelerate")
+    prompts, answers = case
+    offloaded = copy.deepcopy(model)
+    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    assert next(offloaded.parameters()).is_meta
+    assert generate(offloaded, prompts, new_tokens=NEW, end=END) == answers

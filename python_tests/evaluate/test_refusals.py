@@ -261,13 +261,13 @@ def test_only_reports_on_the_same_prompts_are_compared(models):
         gk.evaluate_refusals(models[i], Letters(), HARMFUL[: 3 - cut], **{**OPTIONS, "answer_tokens": tokens})
         for i, cut, tokens in ((0, 0, 4), (1, 0, 4), (1, 1, 4), (1, 0, 3))
     ]
-    found = gk.compare(reports[0], reports[1])
+    found = reports[0].compare(reports[1])
     assert set(found) == {"refuses", "over_refuses", "task"}
     assert found["refuses"].second == reports[1].refuses and found["refuses"].first == reports[0].refuses
-    with pytest.raises(ValueError, match="first and second differ in prompts"):
-        gk.compare(reports[0], reports[2])
-    with pytest.raises(ValueError, match="first and second differ in answer_tokens: 4 and 3"):
-        gk.compare(reports[0], reports[3])
+    with pytest.raises(ValueError, match="other differs in prompts"):
+        reports[0].compare(reports[2])
+    with pytest.raises(ValueError, match="other differs in answer_tokens: 3, not 4; evaluate"):
+        reports[0].compare(reports[3])
 
 
 def test_a_report_is_drawn(models, tmp_path):

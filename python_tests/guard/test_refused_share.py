@@ -140,7 +140,9 @@ def test_an_interrupted_collection_counts_each_prompt_once(tmp_path, memory):
     path = tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
         judged(model, batches, judge=fail, checkpoint=path, max_memory=memory)
-    resumed = judged(model, batches, checkpoint=path, **options)
+    asked = []
+    resumed = judged(model, batches, judge=refusing(PROMPTS[1:3], asked), checkpoint=path, max_memory=memory)
+    assert len(asked) == 2  # what was not answered before the interruption
     assert (resumed.judged, resumed.refused) == (5, 2)
     assert_same_bits(resumed, whole)
     with pytest.raises(ValueError, match=r"was made with .*'judge'.*; give the arguments of the first call"):
