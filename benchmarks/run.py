@@ -135,6 +135,18 @@ def comparison(new: list[Row], old: list[Row], markdown: bool) -> str:
     return table(["op", "contestant", "shape", "ms before", "ms now", "× faster"], lines, markdown)
 
 
+def chosen_cases(
+    size: str, ops: list[str], dtypes: tuple[str, ...], containing: str
+) -> dict[str, list[dict[str, Any]]]:
+    """The cases of each op whose label has ``containing`` in it; ValueError where no op has any."""
+    cases = {op: list(MODULES[op].cases(size, dtypes)) for op in ops}
+    chosen = {op: [case for case in all_ if containing in label(case)] for op, all_ in cases.items()}
+    if not any(chosen.values()):
+        labels = "; ".join(label(case) for all_ in cases.values() for case in all_)
+        raise ValueError(f"{containing!r} is in the label of no case; with this size and these ops there are: {labels}")
+    return chosen
+
+
 def run(
     size: str,
     ops: list[str],
@@ -144,8 +156,14 @@ def run(
     markdown: bool,
     device: torch.device = CPU,
     only: list[str] | None = None,
+    containing: str = "",
+    rounds: int | None = None,
 ) -> dict[str, Any]:
-    """Measures, prints, and returns what it writes into ``out`` after every case: an interrupted run leaves that."""
+    """Measures, prints, and returns what it writes into ``out`` after every case: an interrupted run leaves that.
+
+    Of the cases those whose label has ``containing`` in it. With ``rounds`` each is called so often, not at least.
+    """
+    chosen = chosen_cases(size, ops, dtypes, containing)
     result: dict[str, Any] = {"environment": environment(threads, device), "size": size}
     load = result["environment"]["load"]
     if load is not None and load > 0.5:
@@ -159,17 +177,17 @@ def run(
     rates = ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in found["flops"].items())
     print(f"peak: {rates} ({found['flops_source']}); copy {found['copy'] / 1e9:.1f} GB/s")
     budget, least = EFFORT[size]
-    for op in ops:
+    for op in filter(chosen.get, ops):
         torch.set_num_threads(getattr(MODULES[op], "THREADS", threads))
         print(f"\n{'## ' if markdown else ''}{op}", flush=True)
-        for params in MODULES[op].cases(size, dtypes):
+        for params in chosen[op]:
             with device:
                 case = MODULES[op].build(**params)
-            rounds = min(least, getattr(MODULES[op], "ROUNDS", least))
+            fewest = min(least, getattr(MODULES[op], "ROUNDS", least))
             if size != "tiny":
-                rounds = max(rounds, getattr(MODULES[op], "LEAST_ROUNDS", 0))
-            most = 2 if size == "tiny" else 50
-            measured = measure(case, found, device, only, budget=budget, least=rounds, most=most)
+                fewest = max(fewest, getattr(MODULES[op], "LEAST_ROUNDS", 0))
+            most = rounds or (2 if size == "tiny" else 50)
+            measured = measure(case, found, device, only, budget=budget, least=rounds or fewest, most=most)
             del case
             rows += measured
             if measured:
@@ -179,17 +197,27 @@ def run(
     return result
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="two shapes an op: minutes")
-    size.add_argument(
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", dest="size", action="store_const", const="quick", help="two shapes an op: minutes")
+    sizes.add_argument(
         "--full", dest="size", action="store_const", const="full", help="every shape of the targets: hours"
     )
-    size.add_argument("--tiny", dest="size", action="store_const", const="tiny", help=argparse.SUPPRESS)
+    sizes.add_argument("--tiny", dest="size", action="store_const", const="tiny", help=argparse.SUPPRESS)
     parser.add_argument("--op", nargs="+", choices=MODULES, help="default: all; on a GPU " + ", ".join(ON_GPU))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: both")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants that are timed, such as 'plain LoRA'")
+    parser.add_argument("--case", default="", metavar="TEXT", help="cases whose label has TEXT in it, as 'd_in=576'")
+    parser.add_argument(
+        "--rounds", type=positive, metavar="N", help="calls of each contestant; with 1 that alone, not warmed up"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="JSON file of the results, such as benchmarks/results/NAME.json")
@@ -206,8 +234,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.targets:
         result = read_json(args.targets)
     else:
+        size, dtypes = args.size or "default", tuple(args.dtype)
+        try:
+            chosen_cases(size, ops, dtypes, args.case)
+        except ValueError as error:
+            parser.error(f"--case: {error}")
         result = run(
-            args.size or "default", ops, tuple(args.dtype), args.threads, args.out, args.markdown, device, args.only
+            size, ops, dtypes, args.threads, args.out, args.markdown, device, args.only, args.case, args.rounds
         )
     rows = result["rows"]
     print("\n" + targets_table(rows, args.markdown))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+import guardspace_kernels as gk
 from benchmarks import bench_covariance, bench_projected_lora, bench_training_step, run, targets, timing
 
 PEAKS = {"flops": {"float32": 1e9, "bfloat16": 1e9}, "flops_source": "made up", "copy": 1e9}
@@ -185,6 +186,36 @@ def test_a_gpu_that_is_not_there_is_refused(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run.main(["--device", "cuda", "--op", "covariance", "planning"])
     assert "--op planning: measured on the CPU only; on a GPU covariance, projected_lora" in capsys.readouterr().err
+
+
+def test_cases_are_chosen_by_their_labels_and_called_as_often_as_asked(tmp_path, monkeypatch, capsys):
+    calls, plan = [], gk.plan_guard
+    monkeypatch.setattr(gk, "plan_guard", lambda *args, **kwargs: calls.append(1) or plan(*args, **kwargs))
+    out = tmp_path / "results.json"
+    command = ["--tiny", "--op", "planning", "covariance", "--only", "ours", "--out", str(out)]
+    for rounds in (1, 3):
+        assert run.main([*command, "--case", "model=tiny r", "--rounds", str(rounds)]) == 0
+        (row,) = json.loads(out.read_text())["rows"]
+        assert row["shape"]["model"] == "tiny" and row["contestant"] == "ours"
+        assert row["rounds"] == rounds
+        assert rounds <= len(calls) <= (1 if rounds == 1 else rounds + 3)  # beside them the check and the warm-up
+        calls.clear()
+    assert "\n\ncovariance\n" not in capsys.readouterr().out  # the heading of an op
+    for wrong, message in (
+        (["--case", "d_in=7777"], "--case: 'd_in=7777' is in the label of no case; with this size and these ops there"),
+        (["--rounds", "0"], "--rounds: must be a whole number of at least 1, got '0'"),
+    ):
+        with pytest.raises(SystemExit):
+            run.main([*command, *wrong])
+        assert message in capsys.readouterr().err
+
+
+def test_one_call_that_gives_the_wrong_result_gets_no_number(case):
+    contestant = case.contestants["ours"]
+    contestant.outputs = wrong(lambda v: v + 1.0)(contestant.outputs)
+    rows = {row["contestant"]: row for row in timing.measure(case, PEAKS, budget=0.0, least=1, most=1)}
+    assert "error of dA" in rows["ours"]["refused"] and "seconds" not in rows["ours"]
+    assert rows["plain LoRA"]["rounds"] == 1
 
 
 def test_results_of_several_runs_are_read_as_one(tmp_path):
