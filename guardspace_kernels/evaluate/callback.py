@@ -23,7 +23,8 @@ class EvaluationCallback(LoggingCallback):
     no such model, and no KL. The model's mode, gradients and the state of torch's random generators stay as they are.
 
     The main process alone evaluates, with the whole model; the others wait at their next exchange. For W&B, TensorBoard
-    and other reporters, ``trainer.callback_handler.callbacks.insert(0, callback)`` puts it before them.
+    and other reporters, ``trainer.callback_handler.callbacks.insert(0, callback)`` puts it before them; what was found
+    before the first step stands in ``trainer.state.log_history`` alone.
 
     Attributes:
         reports: step -> :class:`EvaluationReport`, 0 before the first step. Those after it have that one as ``base``.
