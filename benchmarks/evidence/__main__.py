@@ -1,4 +1,4 @@
-"""``python -m benchmarks.evidence run | report``."""
+"""``python -m benchmarks.evidence run | report | curves``."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--data", type=Path, metavar="FOLDER", help="with the AG News files of AsFT's repository")
     show = commands.add_parser("report", help="tables of the cells that are there, and figures")
     show.add_argument("--figures", type=Path, metavar="FOLDER", help="draw the figures there")
+    curves = commands.add_parser("curves", help="refusals and drift against steps, into benchmarks/results")
+    curves.add_argument("--threads", type=int, help="of PyTorch (default: all cores)")
     for command in (run, show):
         command.add_argument("--folder", type=Path, default=RESULTS, help="of the cells (default: %(default)s)")
     return parser
@@ -47,16 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             draw(options.folder, options.figures)
         return 0
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.command == "curves":
+        from .curves import run as run_curves
+        from .running import Laboratory
+
+        run_curves(Laboratory())
+        return 0
     return _run(options)
 
 
 def _run(options: argparse.Namespace) -> int:
-    import torch
-
     from .running import Laboratory
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
     began, laboratory = time.monotonic(), Laboratory(options.data)
     left = [one for one in missing(options.folder, options.tier) if not options.method or one.method in options.method]
     for number, one in enumerate(left, 1):

@@ -43,13 +43,15 @@ def draw(folder: Path, target: Path) -> list[Path]:
     return files
 
 
-def _figure(panels: int, height: float = 4.4) -> tuple[Figure, Sequence[Any]]:
+def new_figure(panels: int, height: float = 4.4) -> tuple[Figure, Sequence[Any]]:
+    """A figure with so many panels in a row."""
     figure = Figure(figsize=(1.2 + 5.0 * panels, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
-def _finish(figure: Figure, panels: Sequence[Any], columns: int = 5) -> Figure:
+def finish(figure: Figure, panels: Sequence[Any], columns: int = 5) -> Figure:
+    """The same look for all, with one legend below."""
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(colors=_INK, labelsize=9)
@@ -80,7 +82,7 @@ def _plane(found: Sequence[Condition]) -> Figure | None:
     tasks = _tasks(found)
     if not tasks:
         return None
-    figure, panels = _figure(len(tasks))
+    figure, panels = new_figure(len(tasks))
     for panel, task in zip(panels, tasks, strict=True):
         for method in dict.fromkeys(one.method for one in found if one.task == task):
             by_poison = {float(one.poison): one for one in found if (one.task, one.method) == (task, method)}
@@ -100,7 +102,7 @@ def _plane(found: Sequence[Condition]) -> Figure | None:
         panel.set(xlabel="task accuracy, %", ylim=(-4, 104), title=task)
     panels[0].set_ylabel("refusals kept, %", color=_INK)
     figure.suptitle("Without poison, with 95% ellipses; arrows lead to the largest share of poison", fontsize=10)
-    return _finish(figure, panels)
+    return finish(figure, panels)
 
 
 def _poison(found: Sequence[Condition]) -> Figure | None:
@@ -114,7 +116,7 @@ def _poison(found: Sequence[Condition]) -> Figure | None:
     lines = {key: line for key, line in lines.items() if len(line) > 1}
     if not lines:
         return None
-    figure, panels = _figure(len(tasks))
+    figure, panels = new_figure(len(tasks))
     for panel, task in zip(panels, tasks, strict=True):
         for (of, method), line in lines.items():
             if of != task:
@@ -126,14 +128,14 @@ def _poison(found: Sequence[Condition]) -> Figure | None:
             panel.fill_between(shares, *zip(*bands, strict=True), color=colour, alpha=0.15, linewidth=0)
         panel.set(xlabel="rows that are agreeing stubs, %", ylim=(-4, 104), title=task)
     panels[0].set_ylabel("refusals kept, %", color=_INK)
-    return _finish(figure, panels)
+    return finish(figure, panels)
 
 
 def _drift(found: Sequence[Condition]) -> Figure | None:
     """A dot a run: refusals against the mean drift of the layers on calibration tokens."""
     if not found:
         return None
-    figure, panels = _figure(1)
+    figure, panels = new_figure(1)
     for method in dict.fromkeys(one.method for one in found):
         runs = [run for one in found if one.method == method for run in one.runs.values()]
         drifts = [sum(run["drift"].values()) / len(run["drift"]) for run in runs]
@@ -146,7 +148,7 @@ def _drift(found: Sequence[Condition]) -> Figure | None:
         xlabel="mean relative drift of the layers on calibration prompts", ylabel="held-out requests refused, %",
         ylim=(-4, 104), title="Does the certificate predict behaviour? A dot a run",
     )  # fmt: skip
-    return _finish(figure, panels, columns=3)
+    return finish(figure, panels, columns=3)
 
 
 def _forest(folder: Path) -> Figure | None:
@@ -159,7 +161,7 @@ def _forest(folder: Path) -> Figure | None:
     ]
     if not rows:
         return None
-    figure, panels = _figure(1, height=1.2 + 0.26 * len(rows))
+    figure, panels = new_figure(1, height=1.2 + 0.26 * len(rows))
     for place, (_, one) in enumerate(rows):
         low, high = one.kept.interval
         colour = COLOURS[one.rival]
@@ -170,4 +172,4 @@ def _forest(folder: Path) -> Figure | None:
     panels[0].set(
         ylim=(len(rows) - 0.5, -0.5), xlabel="points of refusals kept, GuardSpace minus method",
     )  # fmt: skip
-    return _finish(figure, panels)
+    return finish(figure, panels)

@@ -6,7 +6,7 @@ import platform
 import random
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,17 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def train(model: nn.Module, method: Method, examples: Sequence[Example], one: Cell) -> dict[str, Any]:
-    """As in the demo: AdamW without weight decay, clipping at norm 1, warm-up, then a linear decay to a tenth."""
+def train(
+    model: nn.Module,
+    method: Method,
+    examples: Sequence[Example],
+    one: Cell,
+    look: Callable[[int, nn.Module], object] | None = None,
+) -> dict[str, Any]:
+    """As in the demo: AdamW without weight decay, clipping at norm 1, warm-up, then a linear decay to a tenth.
+
+    `look` is called after each step with the number of steps and the model, in training mode.
+    """
     batches = example_batches(examples, BATCH, random.Random(one.seed))
     parameters = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
@@ -149,6 +158,8 @@ def train(model: nn.Module, method: Method, examples: Sequence[Example], one: Ce
         losses.append(rounded(loss.item()))
         seconds.append(time.perf_counter() - began)
         processor.append(time.process_time() - began_processor)
+        if look is not None:
+            look(step + 1, model)
     model.eval()
     middle = len(seconds) // 2
     return {

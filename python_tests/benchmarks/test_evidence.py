@@ -195,7 +195,7 @@ def test_the_budget_stops_before_the_next_cell(tmp_path, monkeypatch, capsys):
 CODE = {
     "evaluation": "eeda3d018bb5",
     "prompts": "81549c267661",
-    "running": "0f43d87553e1",
+    "running": "53ba76a752d5",
     "setting": "7195ea825418",
     "asft": "63f1fdbec59d",
     "base": "0f32442257c0",

@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import guardspace_kernels as gk
-from benchmarks.evidence import cells, running
+from benchmarks.evidence import cells, curves, running
 from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.methods.base import factors
 from benchmarks.evidence.setting import Setting, energy, linear_weights
@@ -211,3 +213,25 @@ def test_guardspace_drifts_less_than_plain_lora(setting):
 def test_a_small_rate_is_the_knob(setting):
     assert METHODS["small learning rate"](setting, 5e-5, 0).learning_rate == 5e-5
     assert METHODS["plain LoRA"](setting, 4e-4, 0).learning_rate == 4e-4
+
+
+def test_curves_have_a_row_for_every_fifth_step(setting, tmp_path, monkeypatch):
+    def evaluator(*_, **__):
+        def evaluated(model):
+            return SimpleNamespace(refuses=SimpleNamespace(count=7, n=9))
+
+        evaluated.set_base = evaluated
+        return evaluated
+
+    monkeypatch.setattr(curves, "RefusalEvaluator", evaluator)
+    laboratory = SimpleNamespace(
+        setting=lambda seed: setting, prompts=SimpleNamespace(harmful={"x": ["a"]}), examples=lambda one: EXAMPLES
+    )
+    setting.tokenizer = None
+    curves.run(laboratory, tmp_path)
+    found = curves.json.loads((tmp_path / "drift_curves.json").read_text())
+    for rows in found.values():
+        assert [row["step"] for row in rows] == list(range(0, 31, 5))
+        assert rows[0]["drift_mean"] < 1e-6 < rows[-1]["drift_mean"]
+    assert found["GuardSpace"][-1]["drift_mean"] < found["plain LoRA"][-1]["drift_mean"]
+    assert (tmp_path / "drift_curves.png").read_bytes().startswith(b"\x89PNG")
