@@ -232,7 +232,8 @@ void pack_rows(typename Kind::Element* panel, const Matrix& m, int64_t k, int64_
     bool contiguous = m.col_stride == 1;
     for (int64_t i = 0; i < k; i += Kind::kPack, panel += W) {
         const Source* first = at<Source>(m, index ? index[i] : i, 0);
-        const Source* second = i + 1 < k ? at<Source>(m, index ? index[i + 1] : i + 1, 0) : nullptr;
+        bool paired = Kind::kPack == 2 && i + 1 < k;
+        const Source* second = paired ? at<Source>(m, index ? index[i + 1] : i + 1, 0) : nullptr;
         int64_t col = 0;
         if (contiguous) {
             if (i + kPrefetchRows + 1 < k && !index) {
