@@ -16,6 +16,9 @@ from torch.utils._device import _device_constructors
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Nothing is fetched: a name that is no folder is refused at once, where there is a network and where there is none.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 _device_constructors()  # remembered: torch.device("meta") must know torch.empty itself, not the one poisoned below
 
 
