@@ -26,7 +26,7 @@ STEPS = 30
 #: The value of each knob that the tuning cells chose, see :func:`benchmarks.evidence.report.chosen_knobs`.
 KNOBS: dict[str, float] = {
     "plain LoRA": LEARNING_RATE,
-    "small learning rate": 1e-4,
+    "small learning rate": 2e-4,
     "replay": 1,
     "AsFT": 1.0,
     "Safe LoRA": 0.5,
