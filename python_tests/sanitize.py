@@ -27,10 +27,11 @@ RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")  # without the last the
 # Scratch memory and fresh tensors hold NaN, in every dtype, until something is written to them.
 ASAN = "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=67108864"
 # The fibers of the CUDA kernels switch between stacks: with frames on the heap they would take twice the time.
-RUNS = {
-    "cuda": ("cuda_on_cpu", f"{ASAN}:detect_stack_use_after_return=0"),
-    "cpu": ("cpu_kernels", f"{ASAN}:detect_stack_use_after_return=1"),
+OPTIONS = {
+    run: {"ASAN_OPTIONS": f"{ASAN}:detect_stack_use_after_return={kept}", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    for run, kept in (("cuda", 0), ("cpu", 1))
 }
+MARKERS = {"cuda": "cuda_on_cpu", "cpu": "cpu_kernels"}
 #: Left out: tests of what torch makes of the ops and of how a process starts, which reach no other code of the kernels.
 OTHERS = "not (opcheck or gradcheck or as_torch_wants or environment_variable)"
 
@@ -79,19 +80,17 @@ def main(arguments: list[str]) -> int:
         "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), str(ROOT / "python_tests")]),
         "LD_PRELOAD": preload(),
         "GUARDSPACE_SHIM_FLAGS": FLAGS,
-        "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     # Pytest's handler of signals and its capture of file descriptors would hide the sanitizers' reports.
     options = ["-p", "sanitize", "-p", "no:faulthandler", "-p", "no:cacheprovider", "--capture=sys", "-k", OTHERS]
     if not any(Path(ROOT, argument.split("::")[0]).exists() for argument in arguments):
         options += ["python_tests/ops", "python_tests/nn"]
     isa = environment.pop("GUARDSPACE_ISA", "")
-    for run in [isa if isa == "cuda" else "cpu"] if isa else RUNS:
-        marker, asan = RUNS[run]
+    for run in [isa if isa == "cuda" else "cpu"] if isa else MARKERS:
         print(f"== {isa or run}", flush=True)
         pytest_ = Path(sys.executable).with_name("pytest")  # python -m would put ROOT first
-        chosen = {"ASAN_OPTIONS": asan, **({"GUARDSPACE_ISA": isa} if isa and run == "cpu" else {})}
-        command = [pytest_, "-m", marker, *options, *arguments]
+        chosen = OPTIONS[run] | ({"GUARDSPACE_ISA": isa} if isa and run == "cpu" else {})
+        command = [pytest_, "-m", MARKERS[run], *options, *arguments]
         status = subprocess.run(command, cwd=ROOT, env={**environment, **chosen}).returncode
         if status:
             return status

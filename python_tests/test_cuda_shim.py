@@ -827,7 +827,7 @@ def sanitized(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("calls", REPORTS)
 def test_sanitizers_see_into_kernels(sanitized, calls):
-    environment = {**os.environ, "LD_PRELOAD": sanitize.preload(), **sanitize.OPTIONS}
+    environment = {**os.environ, "LD_PRELOAD": sanitize.preload(), **sanitize.OPTIONS["cuda"]}
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM, sanitized, calls], env=environment, capture_output=True, text=True
     )
