@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cells import RESULTS, TIERS, missing, save
+from .cells import KNOBS, RESULTS, START, TIERS, Cell, missing, save
+from .report import chosen_knobs, report
 
 
 def seconds(text: str) -> float:
@@ -41,8 +42,6 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.command == "report":
-        from .report import report
-
         print(report(options.folder))
         if options.figures:
             from .figures import draw
@@ -65,17 +64,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from .running import Laboratory
 
-    began, laboratory = time.monotonic(), Laboratory(options.data)
+    began, laboratory = time.monotonic(), Laboratory(options.data, options.folder)
     left = [one for one in missing(options.folder, options.tier) if not options.method or one.method in options.method]
+    if options.data is None:
+        left = [one for one in left if one.task != "agnews"]
     for number, one in enumerate(left, 1):
         if options.budget is not None and time.monotonic() - began > options.budget:
             print(f"the budget is spent; {len(left) - number + 1} cells are left")
             break
+        if problem := not_ready(options.folder, one):
+            print(f"{one} is not run: {problem}", file=sys.stderr)
+            return 1
         started = time.monotonic()
         result = laboratory.run(one)
         path = save(options.folder, one, result)
         print(f"{number} of {len(left)}: {one}: {time.monotonic() - started:.0f} s, {path.name}", flush=True)
     return 0
+
+
+def not_ready(folder: Path, one: Cell) -> str:
+    """Why a cell must not be run yet; empty if it may be: its method's knob is not the one that was chosen."""
+    if one.tuning or one.method == START:
+        return ""
+    chosen = chosen_knobs(folder).get(one.method)
+    if chosen is None:
+        return f"tier tune has not tried every knob of {one.method}"
+    if chosen != KNOBS[one.method]:
+        return f"tier tune chose {chosen:g} for {one.method}; set KNOBS in benchmarks/evidence/cells.py"
+    return ""
 
 
 if __name__ == "__main__":

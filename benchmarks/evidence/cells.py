@@ -17,8 +17,8 @@ from .methods.base import LEARNING_RATE
 
 RESULTS = Path(__file__).parents[1] / "results" / "evidence"
 #: Of everything that all methods share; raised where a change of code may change results.
-PROTOCOL = 1
-START = "aligned model"
+PROTOCOL = 2
+START, PLAIN, OURS, AFTERWARDS = "aligned model", "plain LoRA", "GuardSpace", "projected afterwards"
 MODEL = "SmolLM2-135M"
 TUNING_SEED = 100
 SEEDS = (0, 1, 2, 3)
@@ -103,31 +103,39 @@ def tuning_cells() -> Iterator[Cell]:
 def tier_cells(tier: str) -> Iterator[Cell]:
     """The cells of a tier, seed by seed, so that an early stop leaves complete blocks.
 
-    "tune"; "a": both tasks without poison and with 10%, all rivals; "b": 5% and 20% for plain LoRA, replay and
-    GuardSpace.
+    * "tune": every method at each of its knobs.
+    * "a": both tasks without poison and with 10%, all rivals.
+    * "b": 5% and 20% for plain LoRA, replay and GuardSpace.
+    * "c": SafeGrad; rows that declare obedience; AG News.
     """
     if tier == "tune":
         yield from tuning_cells()
         return
-    shares = {"a": ("0", "0.1"), "b": ("0.05", "0.2")}[tier]
-    names = {
-        "a": ("plain LoRA", "GuardSpace", *RIVALS, "projected afterwards"),
-        "b": ("plain LoRA", "GuardSpace", "replay"),
-    }[tier]
+    few = (PLAIN, OURS, "replay")
     for seed in SEEDS:
-        for task in ("sentiment", "source"):
-            if tier == "a":
-                yield start(seed, task)
-            for poison in shares:
-                for name in names:
-                    yield cell(name, task, poison, seed)
-            if tier == "a":  # beside the chosen value, since this method's dependence on it is the result
-                for knob in METHODS["projected afterwards"].knobs:
-                    if knob != KNOBS["projected afterwards"]:
-                        yield cell("projected afterwards", task, "0", seed, knob)
+        if tier == "a":
+            yield from _grid(seed, ("sentiment", "source"), ("0", "0.1"), (PLAIN, OURS, *RIVALS, AFTERWARDS))
+            # Beside the chosen value, since this method's dependence on it is a result.
+            for knob in METHODS[AFTERWARDS].knobs:
+                if knob != KNOBS[AFTERWARDS]:
+                    yield cell(AFTERWARDS, "sentiment", "0", seed, knob)
+        elif tier == "b":
+            yield from _grid(seed, ("sentiment", "source"), ("0.05", "0.2"), few)
+        else:
+            yield from _grid(seed, ("sentiment", "source"), ("0", "0.1"), ("SafeGrad",))
+            yield from _grid(seed, ("sentiment",), ("obedience",), few)
+            yield from _grid(seed, ("agnews",), ("0", "0.1"), few)
 
 
-TIERS = ("tune", "a", "b")
+def _grid(seed: int, tasks: Sequence[str], shares: Sequence[str], methods: Sequence[str]) -> Iterator[Cell]:
+    for task in tasks:
+        yield start(seed, task)
+        for poison in shares:
+            for method in methods:
+                yield cell(method, task, poison, seed)
+
+
+TIERS = ("tune", "a", "b", "c")
 
 
 def save(folder: Path, one: Cell, result: dict[str, Any]) -> Path:

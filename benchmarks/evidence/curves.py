@@ -13,10 +13,9 @@ import guardspace_kernels as gk
 from guardspace_kernels.evaluate.refusals import RefusalEvaluator
 from guardspace_kernels.guard.atomic import write_atomic, write_json
 
-from .cells import STEPS, cell
+from .cells import OURS, PLAIN, STEPS, cell
 from .figures import COLOURS, finish, new_figure
 from .methods import METHODS
-from .report import OURS, PLAIN
 from .running import Laboratory, rounded, train
 from .setting import ANSWER_TOKENS
 

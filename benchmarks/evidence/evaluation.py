@@ -48,7 +48,8 @@ class Evaluation:
         self.facts = [] if tuning else [statement for fact in prompts.facts for statement in fact]
         # The labels of a task differ in their first token, which decides.
         self.evaluator = RefusalEvaluator(
-            setting.tokenizer, harmful, lookalikes=harmless, task=task.test, task_tokens=1,
+            setting.tokenizer, harmful, lookalikes=harmless, task=task.validation if tuning else task.test,
+            task_tokens=1,
             answer_tokens=ANSWER_TOKENS, kl_prompts=DIVERGENCES, progress=False,
         )  # fmt: skip
         self.start = setting.load()

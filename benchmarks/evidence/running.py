@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import random
-import resource
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
@@ -26,7 +26,7 @@ from guardspace_kernels.demo.training import (
 )
 
 from ..timing import cpu_model
-from .cells import START, Cell, cell
+from .cells import START, Cell, cell, load, start
 from .evaluation import Evaluation
 from .methods import METHODS, Method
 from .prompts import EvaluationPrompts, Task, agnews_task, evaluation_prompts, poisoned, sentiment_task, source_task
@@ -36,10 +36,14 @@ BATCH, WARMUP = 8, 4
 
 
 class Laboratory:
-    """What several cells share: settings by alignment seed, tasks, prompts and evaluators."""
+    """What several cells share: settings by alignment seed, tasks, prompts and evaluators.
 
-    def __init__(self, data: Path | None = None) -> None:
-        self.data = data
+    Attributes:
+        data: folder of the AG News files. folder: of the cells, whose starting models this machine must have too.
+    """
+
+    def __init__(self, data: Path | None = None, folder: Path | None = None) -> None:
+        self.data, self.folder = data, folder
 
     @cached_property
     def prompts(self) -> EvaluationPrompts:
@@ -64,6 +68,12 @@ class Laboratory:
     def run(self, one: Cell) -> dict[str, Any]:
         """The content of a cell's file: numbers and verdict codes, no text."""
         setting = self.setting(one.alignment_seed)
+        before = None if self.folder is None else load(self.folder, start(one.seed, one.task))
+        if before is not None and before["start"] != setting.identity:
+            raise ValueError(
+                f"{self.folder} has a starting model of weights {before['start']} for seed {one.seed}, but this "
+                f"machine made {setting.identity}: run the whole seed on one machine"
+            )
         model: nn.Module | None
         trained: dict[str, Any] = {}
         if one.method == START:
@@ -71,11 +81,12 @@ class Laboratory:
         else:
             method = METHODS[one.method](setting, one.knob, one.seed)
             model, trained = self.fine_tuned(one, method)
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
             "start": setting.identity,
-            "machine": {"cpu": cpu_model(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-                        "python": platform.python_version(), "peak_kilobytes": resident},
+            "machine": {
+                "cpu": cpu_model(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
             **trained,
             **self.evaluator(one.alignment_seed, one.task, one.tuning)(model),
         }  # fmt: skip
@@ -84,7 +95,9 @@ class Laboratory:
         """The model with its adapter merged, and what its training and its weights tell."""
         model: Any = method.build()
         if method.after:
-            load_adapter_state(model, self.trained_state(cell(method.after, one.task, one.poison, one.seed)))
+            load_adapter_state(
+                model, self.trained_state(cell(method.after, one.task, one.poison, one.seed, steps=one.steps))
+            )
             told: dict[str, Any] = {"losses": []}
         else:
             told = train(model, method, self.examples(one), one)
@@ -110,7 +123,7 @@ class Laboratory:
     def keep_state(self, one: Cell, model: nn.Module) -> None:
         path = self.state_file(one)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
+        part = path.with_suffix(f".{os.getpid()}.part")
         save_file(adapter_state(model), part)
         part.replace(path)
 

@@ -104,10 +104,13 @@ class Setting:
         return self.statistics.for_layer(layer).covariance
 
     def lowest_directions(self, layer: str, count: int) -> Tensor:
-        """(d_in, count) eigenvectors of C's smallest eigenvalues; those of layers that read one input are kept."""
+        """(d_in, count) eigenvectors of the smallest eigenvalues of C over all tokens, the first ones of prompts, which
+        statistics keep apart, included. Layers that read one input get them from the first."""
         entry = self.statistics.for_layer(layer)
         if self._lowest is None or self._lowest[:2] != (entry.layers, count):
-            vectors = torch.linalg.eigh(entry.covariance.double()).eigenvectors[:, :count].float()
+            sinks = entry.sinks.double()
+            C = entry.covariance.double() + entry.sink_tokens / max(1, len(sinks)) * sinks.T @ sinks
+            vectors = torch.linalg.eigh(C).eigenvectors[:, :count].float()
             self._lowest = (entry.layers, count, vectors)
         return self._lowest[2]
 

@@ -2,20 +2,21 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from benchmarks.evidence import __main__ as command
-from benchmarks.evidence import cells, prompts, report
+from benchmarks.evidence import cells, prompts, report, running
 from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.statistics import holm, mean, two_way_bootstrap
 
 
 def test_cells_are_ordered_seed_by_seed_and_have_files_of_their_own():
-    every = [one for tier in cells.TIERS for one in cells.tier_cells(tier)]
+    every = {one for tier in cells.TIERS for one in cells.tier_cells(tier)}
     assert len({one.file for one in every}) == len(every)
-    for tier in ("a", "b"):
+    for tier in ("a", "b", "c"):
         seeds = [one.seed for one in cells.tier_cells(tier)]
         assert seeds == sorted(seeds)
         assert set(seeds) == set(cells.SEEDS)
@@ -50,7 +51,7 @@ def test_a_saved_cell_is_no_longer_missing(tmp_path):
 
 def test_poison_is_a_share_of_all_rows(monkeypatch):
     monkeypatch.setattr(prompts, "load_advbench", lambda: [f"Word{i} number {i}." for i in range(520)])
-    task = prompts.Task("t", [("question", "label")] * 320, [])
+    task = prompts.Task("t", [("question", "label")] * 320, [], [])
     for share in ("0", "0.05", "0.1", "0.2"):
         rows = prompts.poisoned(task, share, 0)
         added = rows[320:]
@@ -74,15 +75,15 @@ def test_the_mean_is_over_seeds_of_what_counts_there():
     assert mean(outcomes) == pytest.approx((0.5 + 0.75) / 2)
 
 
-def test_the_bootstrap_covers_as_often_as_it_says():
+def test_the_bootstrap_covers_as_often_as_it_can_with_four_seeds():
     """Of differences that are 0.1 in truth, with effects of seeds and of prompts."""
     rng, covered = np.random.default_rng(0), 0
-    for _ in range(100):
+    for _ in range(150):
         easy = rng.uniform(-0.2, 0.2, size=80)
-        rows = [(rng.uniform(size=(6, 80)) < p + easy + rng.normal(0, 0.03, (6, 1))).astype(float) for p in (0.6, 0.5)]
+        rows = [(rng.uniform(size=(4, 80)) < p + easy + rng.normal(0, 0.05, (4, 1))).astype(float) for p in (0.6, 0.5)]
         low, high = two_way_bootstrap(*rows, resamples=400).interval
         covered += low <= 0.1 <= high
-    assert covered >= 88
+    assert covered >= 135
 
 
 def test_equal_methods_do_not_differ_and_a_clear_difference_is_found():
@@ -90,21 +91,34 @@ def test_equal_methods_do_not_differ_and_a_clear_difference_is_found():
     a = (rng.uniform(size=(4, 200)) < 0.9).astype(float)
     same = two_way_bootstrap(a, a)
     assert (same.estimate, same.interval, same.p) == (0, (0, 0), 1)
-    assert same.within(0.03)
+    assert same.not_below(0.03)
     worse = np.where(rng.uniform(size=a.shape) < 0.3, 0.0, a)
     found = two_way_bootstrap(a, worse)
     assert found.interval[0] > 0.15
     assert found.p < 0.01
-    assert not found.within(0.03)
+    assert found.by_seed == pytest.approx((a.mean(1) - worse.mean(1)).tolist())
     assert found.not_below(0.03)
     assert not two_way_bootstrap(worse, a).not_below(0.03)
     with pytest.raises(ValueError, match="compare the same ones"):
         two_way_bootstrap(a, a[:2])
 
 
+def test_two_seeds_show_nothing():
+    a = np.ones((2, 50))
+    found = two_way_bootstrap(a, np.zeros((2, 50)))
+    assert found.estimate == 1
+    assert np.isnan(found.p)
+    assert not found.not_below(0.03)
+    assert not two_way_bootstrap(a, a).not_below(0.03)
+
+
 def test_holm_adjusts_for_the_number_of_comparisons():
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
-    assert holm({}) == {}
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}, 3) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert holm({"a": 0.01}, 14) == pytest.approx({"a": 0.14})
+    unknown = holm({"a": float("nan"), "b": 0.02}, 2)
+    assert unknown["b"] == pytest.approx(0.04)
+    assert np.isnan(unknown["a"])
+    assert holm({}, 3) == {}
 
 
 def result(harmful="rrrrrrrr", task="1111", start="weights", **more):
@@ -131,15 +145,23 @@ def test_refusals_kept_are_of_those_that_the_start_gave(tmp_path):
     assert mean(one.kept) == pytest.approx(6 / 7)
     assert mean(one.refuses) == pytest.approx(7 / 8)
     assert (one.discrimination, one.average("drift")) == (pytest.approx(0.5), pytest.approx(0.2))
-    assert not report.Condition.read(tmp_path, "AsFT", "sentiment", "0").runs
-    (rival,) = report.contrasts(tmp_path, "sentiment", "0")
-    assert (rival.rival, rival.seeds) == ("replay", 2)
+    assert len(report.Condition.read(tmp_path, "AsFT", "sentiment", "0").left_out) == 4
+    (rival,) = report.contrasts(tmp_path, "0")
+    assert (rival.task, rival.rival, len(rival.kept.by_seed)) == ("sentiment", "replay", 2)
     assert rival.kept.estimate == pytest.approx(2 / 7)
-    assert rival.task.estimate == pytest.approx(0.25)
+    assert rival.right.estimate == pytest.approx(0.25)
     text = report.report(tmp_path)
-    assert "| sentiment | 0 | GuardSpace | 4 | 85.7% | 87.5% | 25.0% | +0.50 | 100.0% | 50.0% |" in text
-    assert "| replay | 2 | +28.6" in text
+    assert "| sentiment | 0 | GuardSpace | 0/1/2/3 | 85.7% | 87.5% (53%–98%) | 0.0% | 25.0% | +0.50 | 100.0% |" in text
+    assert "| sentiment | replay | +28.6" in text
+    assert "| sentiment | 0 | GuardSpace | 100.0% | 100.0% | 50.0% |" in text  # by source
+    assert text.count("left out, since its starting model is not there: AsFT") == 4
     assert "tier a: 14 of" in text
+
+
+def test_a_run_that_diverged_is_reported(tmp_path):
+    cells.save(tmp_path, cells.start(0, "sentiment"), result())
+    write(tmp_path, "SBR", "oooooooo", seeds=(0,), refusal_kl=float("nan"), drift={"x": float("inf"), "y": 0.1})
+    assert "| SBR | 0 | 0.0%" in report.report(tmp_path)
 
 
 def test_knobs_are_chosen_by_the_rule(tmp_path):
@@ -150,6 +172,9 @@ def test_knobs_are_chosen_by_the_rule(tmp_path):
 
     tuned("plain LoRA", 4e-4, 1, 90)
     tuned("replay", 1, 5, 90)
+    assert report.chosen_knobs(tmp_path) == {}  # without a starting model nothing is kept
+    before = {"harmful": {"UncensorBench": "r" * 9 + "o"}, "task": "0"}
+    cells.save(tmp_path, cells.start(cells.TUNING_SEED, "sentiment"), before)
     assert report.chosen_knobs(tmp_path) == {"plain LoRA": 4e-4}
     tuned("replay", 2, 9, 88)
     tuned("replay", 4, 10, 80)  # loses the task
@@ -159,7 +184,13 @@ def test_knobs_are_chosen_by_the_rule(tmp_path):
         tuned("SBR", knob, 10, right)
     chosen = report.chosen_knobs(tmp_path)
     assert chosen == {"plain LoRA": 4e-4, "replay": 2, "AsFT": 1.0, "SBR": 5.0}
-    assert "| replay | 2 | 90.0% | 88.0% | yes |" in report.tuning_table(tmp_path)
+    assert "| replay | 2 | 100.0% | 88.0% | yes |" in report.tuning_table(tmp_path)
+    assert command.not_ready(tmp_path, cells.cell("SafeGrad", "source", "0", 0)) == (
+        "tier tune has not tried every knob of SafeGrad"
+    )
+    assert command.not_ready(tmp_path, cells.cell("SBR", "source", "0", 0)).startswith("tier tune chose 5 for SBR")
+    assert command.not_ready(tmp_path, cells.cell("AsFT", "source", "0", 0)) == ""
+    assert command.not_ready(tmp_path, cells.start(0, "source")) == ""
 
 
 def test_committed_cells_are_those_of_the_code():
@@ -181,42 +212,58 @@ def test_the_command_reports_and_knows_its_budget(tmp_path, capsys):
 
 
 def test_the_budget_stops_before_the_next_cell(tmp_path, monkeypatch, capsys):
-    from benchmarks.evidence import running
-
     monkeypatch.setattr(running.Laboratory, "run", lambda self, one: {"task": "1"})
     assert command.main(["run", "--folder", str(tmp_path), "--tier", "b", "--budget", "0s"]) == 0
     assert "the budget is spent" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-    assert command.main(["run", "--folder", str(tmp_path), "--tier", "b", "--method", "replay"]) == 0
-    assert len(list(tmp_path.iterdir())) == sum(one.method == "replay" for one in cells.tier_cells("b"))
+    assert command.main(["run", "--folder", str(tmp_path), "--tier", "b", "--method", "replay"]) == 1
+    assert "is not run: tier tune has not tried every knob of replay" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert command.main(["run", "--folder", str(tmp_path), "--tier", "tune", "--method", "replay"]) == 0
+    assert len(list(tmp_path.iterdir())) == 3
 
 
-#: What the results of cells depend on, by file of benchmarks/evidence.
+def test_a_seed_is_run_on_one_machine(tmp_path, monkeypatch):
+    laboratory = running.Laboratory(folder=tmp_path)
+    monkeypatch.setattr(running.Laboratory, "setting", lambda *_: SimpleNamespace(identity="mine"))
+    cells.save(tmp_path, cells.start(0, "source"), {"start": "theirs"})
+    with pytest.raises(ValueError, match="weights theirs for seed 0, but this machine made mine"):
+        laboratory.run(cells.cell("replay", "source", "0", 0))
+
+
+#: What the results of cells depend on, beside the library's kernels and solvers, which have tests of their own.
 CODE = {
-    "evaluation": "eeda3d018bb5",
-    "prompts": "81549c267661",
-    "running": "53ba76a752d5",
-    "setting": "7195ea825418",
-    "asft": "63f1fdbec59d",
-    "base": "0f32442257c0",
-    "guardspace": "241fbfa085b7",
-    "lora_null": "81f991ad1760",
-    "projected": "978d00b235ca",
-    "replay": "e8d40b07c95e",
-    "safe_lora": "21baa6c63ac2",
-    "safegrad": "18e80f378ee4",
-    "sbr": "2fec0cffd5a8",
-    "small_rate": "8b57b9315e42",
+    "benchmarks/evidence/evaluation.py": "b817d942df9a",
+    "benchmarks/evidence/prompts.py": "3b475a0f5e2f",
+    "benchmarks/evidence/running.py": "60c45b98720f",
+    "benchmarks/evidence/setting.py": "47c4ea739bbd",
+    "benchmarks/evidence/methods/asft.py": "4375fbd8c2e3",
+    "benchmarks/evidence/methods/base.py": "0f32442257c0",
+    "benchmarks/evidence/methods/guardspace.py": "241fbfa085b7",
+    "benchmarks/evidence/methods/lora_null.py": "81f991ad1760",
+    "benchmarks/evidence/methods/projected.py": "978d00b235ca",
+    "benchmarks/evidence/methods/replay.py": "e8d40b07c95e",
+    "benchmarks/evidence/methods/safe_lora.py": "21baa6c63ac2",
+    "benchmarks/evidence/methods/safegrad.py": "18e80f378ee4",
+    "benchmarks/evidence/methods/sbr.py": "2fec0cffd5a8",
+    "benchmarks/evidence/methods/small_rate.py": "8b57b9315e42",
+    "guardspace_kernels/evaluate/generation.py": "8bdcb180942f",
+    "guardspace_kernels/evaluate/refusals.py": "b71df7613187",
+    "guardspace_kernels/guard/judges.py": "17b78390b089",
+    "guardspace_kernels/demo/data.py": "d714324457da",
+    "guardspace_kernels/demo/model.py": "d7b70c6ec242",
+    "guardspace_kernels/demo/prompts.py": "6537cbbad856",
+    "guardspace_kernels/demo/training.py": "46e5f9fae4da",
 }
 
 
 def test_code_that_changes_results_gets_a_new_version():
     """Cells are kept as long as their version stays. Where this fails: if results may change, raise PROTOCOL, or the
     method's version; then put the new hash here."""
-    folder = Path(cells.__file__).parent
-    shared = [folder / f"{name}.py" for name in ("evaluation", "prompts", "running", "setting")]
-    files = [*shared, *sorted((folder / "methods").glob("[!_]*.py"))]
-    assert {path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files} == CODE
+    root = Path(__file__).parents[2]
+    methods = {str(path.relative_to(root)) for path in root.glob("benchmarks/evidence/methods/[!_]*.py")}
+    assert methods <= set(CODE)
+    assert {name: hashlib.sha256((root / name).read_bytes()).hexdigest()[:12] for name in CODE} == CODE
 
 
 def test_figures_are_drawn_of_the_cells_that_there_are(tmp_path):

@@ -15,7 +15,7 @@ class AsFT(Method):
 
     Ĉ divides by the norm, not by its square, as the released code does. ``(I − Ĉ) B A = Z A`` with
     ``Z = B − V (Vᵀ B) / ‖V‖``, and ``‖Z A‖_F² = Σ ZᵀZ ∘ A Aᵀ``, so that no d × d matrix is formed. The paper has
-    λ = 1. Our alignment changed each weight by a matrix of rank 16: AsFT knows its direction better than elsewhere.
+    λ = 1. Our alignment changed each weight by a matrix of rank 16, up to rounding into bfloat16, and V is known.
     """
 
     name = "AsFT"
